@@ -1,0 +1,230 @@
+"""The ``lorafuse`` command: the packages' commands joined, and those that need all of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exporter.cli import app as exporter_app
+from lora.errors import LorafuseError
+from lora.terminal import BAD_INPUT, DONE, NO, UNDECIDED, megabytes, print_error, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from engines.backends import Model, Session
+    from exporter.bundle.manifest import Bundle
+
+app = typer.Typer(name="lorafuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Ship LoRA-tuned models.")
+app.add_typer(exporter_app)
+
+BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
+TaskName = Annotated[str, typer.Option(help="Name of the task.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class BackendChoice(StrEnum):
+    """The backends as the command line takes them."""
+
+    onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+Backend = Annotated[BackendChoice, typer.Option(help="What runs the engine.")]
+
+
+@app.command()
+def build(
+    bundle: BundlePath,
+    task: Annotated[list[str] | None, typer.Option(help="Task to build; repeatable. Default: all.")] = None,
+    backend: Backend = BackendChoice.onnxruntime,
+    compute_capability: Annotated[str | None, typer.Option(help="tensorrt-rtx: the GPU generation, such as 8.9. Default: any from Ampere on.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build an engine for each task.
+
+    Example: lorafuse build bundle --backend tensorrt-rtx --compute-capability 8.9
+    """
+    from engines.backends import BuildOptions
+    from engines.build import build as build_engine
+    from exporter.bundle.manifest import open_bundle
+
+    built = []
+    for name in task or sorted(open_bundle(bundle).manifest.tasks):
+        with progress(f"build {name}") as step:
+            built.append(build_engine(bundle, name, backend.value, BuildOptions(compute_capability), step))
+    if as_json:
+        print_json([{"task": b.task, "backend": b.engine.backend, "version": b.engine.version, "target": b.engine.target, "bytes": b.size} for b in built])
+        return
+    rows = [(b.task, f"{b.engine.backend} {b.engine.version}", b.engine.target, megabytes(b.size) if b.size else "runs the ONNX model") for b in built]
+    print_table("engines", ("task", "backend", "target", "plan"), rows)
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    task: TaskName,
+    texts: Annotated[Path | None, typer.Option(help="File of real inputs, a text a line. Default: sentences that come with the package.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold a task against its formula: float64, merged torch model, ONNX graph, engines.
+
+    Exit status 1 when a stage is out of its bound, or when the task does not differ from its base.
+
+    Example: lorafuse verify bundle --task movies --texts reviews.txt
+    """
+    from engines.stages import runners
+    from engines.text import TextEncoder
+    from exporter.bundle.manifest import open_bundle
+    from exporter.verify import verify as verify_task
+
+    opened = open_bundle(bundle)
+    lines = [line for line in _read_texts(texts) if line.strip()]
+    graph, encoder = opened.graph(opened.task(task)), TextEncoder(opened)
+    batches = [encoder.encode(lines[start : start + 8], graph) for start in range(0, len(lines), 8)]
+    with progress(f"verify {task}"):
+        result = verify_task(opened, task, batches, runners(opened, task))
+    if as_json:
+        print_json({**asdict(result), "passed": result.passed})
+    else:
+        marks = {True: "within", False: "OUT OF BOUND", None: "not run"}
+        rows = [
+            (stage.name, "-", "-", stage.note, marks[None])
+            if stage.passed is None
+            else (stage.name, f"{stage.difference:.2e}", f"{stage.bound:.2e}", f"{stage.where}: {stage.got:.9g}, want {stage.want:.9g}", marks[stage.passed])
+            for stage in result.stages
+        ]
+        print_table(f"{task}: {result.inputs} inputs against the formula in float64", ("stage", "worst difference", "bound", "worst element", "result"), rows)
+        same = "equal" if result.digest == result.unadapted_digest else "NOT EQUAL"
+        print(f"graph digest {result.digest[:16]}…, merged and unadapted: {same}")
+        print(
+            f"the task moves the base's outputs by {result.moved:.3g}"
+            + ("" if result.differs else f": NOT DIFFERENT from the base (least: {result.least_move:.1e})")
+        )
+    raise typer.Exit(DONE if result.passed else NO)
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    task: TaskName,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Sequence length, in tokens.")] = 128,
+    margin: Annotated[float, typer.Option(min=0.0001, help="What counts as equal: 0.01 is 1 %.")] = 0.01,
+    seconds: Annotated[float, typer.Option(min=0, help="Budget; the run ends earlier when the question is decided.")] = 120.0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads. One is steadiest on a machine that does other work.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write a JSON report with every sample.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time base, base again, merged and unmerged, interleaved, and say whether merging cost latency.
+
+    Exit status 0: equivalent within the margin; 1: slower; 2: undecided, or this machine is too noisy.
+
+    Example: lorafuse bench bundle --task movies --seconds 120
+    """
+    from engines.latency import Protocol, measure, random_inputs
+    from exporter.bundle.manifest import open_bundle
+
+    opened = open_bundle(bundle)
+    graph, base = opened.graph(opened.task(task)), opened.manifest.base
+    if length > base.longest:
+        raise LorafuseError(f"{bundle}: length {length} is more than the {base.longest} tokens that the base takes")
+    inputs = random_inputs(graph, base.vocabulary, {"batch": batch, "sequence": length}, seed=0)
+    with progress(f"bench {task}") as step:
+        report = measure(_arms(opened, task, threads), inputs, Protocol(budget=seconds, margin=margin), step)
+    content = {**asdict(report), "task": task, "batch": batch, "length": length, "threads": threads, "nanoseconds": report.nanoseconds.tolist()}
+    if out is not None:
+        _write_report(out, content)
+    if as_json:
+        print_json({name: value for name, value in content.items() if name != "nanoseconds"})
+    else:
+        rows = [(r.arm, f"{r.milliseconds:.3f}", f"{r.ratio.median:.4f}", f"[{r.ratio.low:.4f}, {r.ratio.high:.4f}]", r.decision) for r in report.readings]
+        title = f"{task}: batch {batch}, length {length}, {threads} thread(s), {report.nanoseconds.shape[0]} sets × {report.nanoseconds.shape[1]} rounds"
+        print_table(title, ("arm", "median ms", "ratio to base", "90 % interval", f"at a margin of {margin:.1%}"), rows)
+        print(f"{report.verdict.upper()}: {report.reason}")
+    raise typer.Exit({"equivalent": DONE, "slower": NO}.get(report.verdict, UNDECIDED))
+
+
+@app.command()
+def run(
+    bundle: BundlePath,
+    task: TaskName,
+    text: Annotated[list[str], typer.Option(help="Text to run; repeatable.")],
+    backend: Backend = BackendChoice.onnxruntime,
+    as_json: AsJson = False,
+) -> None:
+    """Run a task's engine on text.
+
+    Example: lorafuse run bundle --task movies --text "A moving, funny film."
+    """
+    from engines.runtime import load
+    from engines.text import TextEncoder, predictions
+    from exporter.bundle.manifest import open_bundle
+
+    opened = open_bundle(bundle)
+    record = opened.task(task)
+    inputs = TextEncoder(opened).encode(text, opened.graph(record))
+    with load(bundle, task, backend.value) as session:
+        logits = session.run(inputs)[opened.graph(record).outputs[0].name]
+    results = predictions(logits, record.labels)
+    if as_json:
+        print_json([{"text": line, **asdict(result)} for line, result in zip(text, results, strict=True)])
+        return
+    for line, result in zip(text, results, strict=True):
+        print(f"{result.label + ' ' if result.label else ''}{result.score:.4f}  {line}")
+
+
+def main() -> None:
+    """Entry point: an expected failure is one line and exit status 3; a bug keeps its traceback."""
+    usage_error: Any = typer.BadParameter.__base__  # typer keeps the class itself private
+    try:
+        status = app(standalone_mode=False)
+    except usage_error as error:
+        print_error(f"{error.format_message()} (see lorafuse --help)")
+        status = BAD_INPUT
+    except LorafuseError as error:
+        print_error(str(error))
+        status = BAD_INPUT
+    except typer.Abort:
+        status = 130
+    raise SystemExit(status or DONE)
+
+
+def _arms(opened: Bundle, task: str, threads: int) -> list[Any]:
+    """The harness's arms on ONNX Runtime: the same graph on two sets of weights, and the graph with the adapter left in."""
+    from engines.backends import Model, backend
+    from engines.latency import AGAIN, BASE, MERGED, UNMERGED, Arm
+    from exporter.arms import merged_graph, unadapted_graph, unmerged_graph
+
+    def arm(name: str, graph: Any) -> Arm:
+        model = Model(graph.SerializeToString(), opened.path)
+        return Arm(name, lambda: _open(model, threads))
+
+    def _open(model: Model, threads: int) -> Session:
+        return backend("onnxruntime", threads).load(model, None)
+
+    unadapted = unadapted_graph(opened, task)
+    graphs = {BASE: unadapted, AGAIN: unadapted, MERGED: merged_graph(opened, task), UNMERGED: unmerged_graph(opened, task)}
+    return [arm(name, graph) for name, graph in graphs.items()]
+
+
+def _read_texts(path: Path | None) -> list[str]:
+    if path is None:
+        return (resources.files("exporter") / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LorafuseError(f"{path}: can't be read as UTF-8 text ({error}); expected a text a line") from error
+
+
+def _write_report(path: Path, content: dict[str, Any]) -> None:
+    import json
+
+    try:
+        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LorafuseError(f"{path}: can't be written ({error.strerror})") from error

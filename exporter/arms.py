@@ -1,0 +1,79 @@
+"""The two graphs that a merged task is held against: the unadapted model, and the adapter left unmerged.
+
+Both are made of the merged graph by editing it, so that nothing but the named difference can differ.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from exporter.bundle.manifest import Bundle
+from exporter.external import load_graph, pointed
+from lora.adapter import Adapter, LowRank
+from lora.errors import ExportError
+from lora.peft import read_adapter
+from lora.tensorfile import TensorFile
+
+# Where a merged weight is read: y = x · W, with the weight as the second input (Gemm: not transposed again).
+READERS = ("MatMul", "Gemm")
+
+
+def merged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
+    """The task's own graph."""
+    return load_graph(bundle.checked(bundle.task(task).model))
+
+
+def unadapted_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
+    """The task's graph on the base's weights; what the base does not have (a trained head) stays the task's."""
+    record = bundle.task(task)
+    files = [TensorFile(bundle.checked(file)) for file in (record.weights, *bundle.manifest.base.weights)]
+    return pointed(merged_graph(bundle, task), bundle.graph(record).weights, files)
+
+
+def unmerged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
+    """The unadapted graph plus ``scaling · B · A · x`` beside every adapted weight, as an unmerged server computes it.
+
+    Raises ExportError where an adapted weight is not read by a MatMul or Gemm.
+    """
+    graph = unadapted_graph(bundle, task)
+    for update in bundled_adapter(bundle, task).updates:
+        _add_branch(graph.graph, update)
+    return graph
+
+
+def bundled_adapter(bundle: Bundle, task: str) -> Adapter:
+    """The adapter that the task was merged from, out of the bundle."""
+    paths = [bundle.checked(file) for file in bundle.task(task).adapter]
+    return read_adapter(paths[0].parent)
+
+
+def _add_branch(graph: onnx.GraphProto, update: LowRank) -> None:
+    readers = [(index, node) for index, node in enumerate(graph.node) if update.parameter in node.input]
+    for index, node in reversed(readers):
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if node.op_type not in READERS or node.input[1] != update.parameter or attributes.get("transA"):
+            raise ExportError(f"'{update.parameter}' is read by a {node.op_type}; the unmerged arm knows {' and '.join(READERS)} only")
+        for position, branch in enumerate(_branch(node, update)):
+            graph.node.insert(index + 1 + position, branch)
+    dtype = next(tensor.data_type for tensor in graph.initializer if tensor.name == update.parameter)
+    down, up = update.a.T.astype(np.float32), (update.b.astype(np.float32) * np.float32(update.scaling)).T
+    for name, values in ((_name(update, "A"), down), (_name(update, "B"), up)):
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values.astype(helper.tensor_dtype_to_np_dtype(dtype))), name))
+
+
+def _branch(node: onnx.NodeProto, update: LowRank) -> list[onnx.NodeProto]:
+    """MatMul(x, Aᵀ), MatMul(·, scaling · Bᵀ), and the sum with the dense product, which takes over the output's name."""
+    output = node.output[0]
+    dense, reduced, delta = (f"{output}.{part}" for part in ("dense", "lora_A", "lora_B"))
+    node.output[0] = dense
+    return [
+        helper.make_node("MatMul", [node.input[0], _name(update, "A")], [reduced]),
+        helper.make_node("MatMul", [reduced, _name(update, "B")], [delta]),
+        helper.make_node("Add", [dense, delta], [output]),
+    ]
+
+
+def _name(update: LowRank, factor: str) -> str:
+    return f"{update.module}.lora_{factor}.weight"

@@ -1,0 +1,202 @@
+"""The bundle: one base, many tasks, in a folder that stock ONNX runtimes read. This module is the format, for readers.
+
+    manifest.json                      what is here, with a SHA-256 for every file
+    base-<hash>.safetensors            the base's weights, once, in the graph's layout
+    base/config.json, tokenizer.json   what rebuilds the torch model and turns text into tokens
+    <task>-<hash>.onnx                 the task's graph; weights are external data in the two safetensors files
+    <task>-<hash>.safetensors          the tensors that the task changes
+    adapters/<task>-<hash>/            the adapter the task was merged from
+    engines/                           built engines
+
+Graphs and weights lie in one folder because ONNX external data may not leave its model's folder or follow a link.
+Names carry a hash of the content, so that replacing a task never overwrites a file that the current manifest names.
+Standard library, msgspec and numpy only: an embedding process reads bundles through this module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from lora.errors import BundleError
+from lora.tensorfile import file_sha256
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+RESERVED = frozenset({"base", "manifest", "adapters", "engines"})
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the bundle: its path relative to the bundle, size in bytes and SHA-256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input or output of a graph; a dimension is a size or the name of a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What distinguishes one dense graph over a base from another."""
+
+    task_type: str
+    outputs: int
+
+
+class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A dense graph, shared by every task with the same head.
+
+    ``weights`` is the weight map: each parameter's name, which is its initializer's too, with the axis order in which
+    the graph stores it (None: as the model has it).
+    """
+
+    head: Head
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: dict[str, tuple[int, ...] | None]
+
+
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A built engine: of which backend and version, for which target, from which task model."""
+
+    backend: str
+    version: str
+    target: str
+    model_sha256: str
+    file: File | None = None
+
+
+class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A task: the digest of its graph, its files, its class labels (none for a regression) and its engines by backend."""
+
+    graph: str
+    model: File
+    weights: File
+    adapter: tuple[File, ...]
+    adapter_sha256: str
+    labels: tuple[str, ...]
+    engines: dict[str, Engine] = {}
+
+
+class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The base: the fingerprint of the checkpoint, its weights in the graph's layout, and its side files.
+
+    ``longest`` is the longest sequence it takes, in tokens, and ``vocabulary`` the number of its token ids.
+    """
+
+    sha256: str
+    longest: int
+    vocabulary: int
+    weights: tuple[File, ...]
+    files: tuple[File, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole bundle."""
+
+    schema: int
+    base: Base
+    graphs: dict[str, Graph]
+    tasks: dict[str, Task]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its checked manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    def task(self, name: str) -> Task:
+        """The task of that name. Raises BundleError listing the tasks there are."""
+        if name not in self.manifest.tasks:
+            known = ", ".join(sorted(self.manifest.tasks)) or "none"
+            raise BundleError(f"{self.path}: no task '{name}' in this bundle; it holds: {known}")
+        return self.manifest.tasks[name]
+
+    def graph(self, task: Task) -> Graph:
+        """The graph that the task shares with those of the same head."""
+        return self.manifest.graphs[task.graph]
+
+    def checked(self, file: File) -> Path:
+        """The file's path, after its size and SHA-256 were compared. Raises BundleError when they differ."""
+        path = self.path / file.path
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(f"{path}: missing from the bundle; export the task again")
+        if path.stat().st_size != file.size:
+            raise BundleError(f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again")
+        if file_sha256(path) != file.sha256:
+            raise BundleError(f"{path}: content does not match the manifest's SHA-256; export the task again")
+        return path
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open the bundle in ``path``. Raises BundleError when it is not one, is damaged, or is of a newer schema."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise BundleError(f"{path}: not a bundle (no {MANIFEST}); create one with 'lorafuse export'")
+    return Bundle(path, _decode(manifest))
+
+
+def task_files(task: Task) -> Iterator[File]:
+    """Every file that belongs to ``task`` alone."""
+    yield from (task.model, task.weights, *task.adapter)
+    yield from (engine.file for engine in task.engines.values() if engine.file is not None)
+
+
+def all_files(manifest: Manifest) -> Iterator[File]:
+    """Every file that the manifest names."""
+    yield from (*manifest.base.weights, *manifest.base.files)
+    for task in manifest.tasks.values():
+        yield from task_files(task)
+
+
+def check_task_name(name: str) -> None:
+    """Raises BundleError unless ``name`` can stand at the head of a file name."""
+    if not TASK_NAME.fullmatch(name) or name in RESERVED:
+        raise BundleError(f"task name '{name}' can't be used; expected lower-case letters, digits, '_', '.', '-', and none of {', '.join(sorted(RESERVED))}")
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest's bytes: the same manifest gives the same bytes."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1) + b"\n"
+
+
+def _decode(path: Path) -> Manifest:
+    try:
+        content = path.read_bytes()
+        schema = msgspec.json.decode(content, type=_Schema).schema
+        if schema > SCHEMA:
+            raise BundleError(f"{path}: schema {schema} is newer than this program reads ({SCHEMA}); update lorafuse")
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: not a bundle's manifest ({error}); export the tasks again") from error
+    _check_references(path, manifest)
+    return manifest
+
+
+class _Schema(msgspec.Struct):
+    schema: int
+
+
+def _check_references(path: Path, manifest: Manifest) -> None:
+    for name, task in manifest.tasks.items():
+        check_task_name(name)
+        if task.graph not in manifest.graphs:
+            raise BundleError(f"{path}: task '{name}' names the graph {task.graph[:12]}…, which the manifest lacks; export the task again")
+    for file in all_files(manifest):
+        pure = PurePosixPath(file.path)
+        if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in file.path or "\0" in file.path:
+            raise BundleError(f"{path}: file path {file.path!r} leaves the bundle; refusing to follow it")

@@ -1,0 +1,124 @@
+"""Changing a bundle so that an interrupted or failed change leaves the former one usable.
+
+New files are written to a staging folder beside the bundle, flushed, and moved in under names that no current file has;
+replacing ``manifest.json`` is the one step that makes the change visible. What the new manifest no longer names is
+removed afterwards.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from exporter.bundle.manifest import MANIFEST, Bundle, File, Manifest, all_files, encode, open_bundle
+from lora.errors import BundleError
+from lora.tensorfile import file_sha256
+
+
+@contextmanager
+def staging(bundle: Path) -> Iterator[Path]:
+    """A staging folder on the bundle's file system; gone at the end, whatever happened.
+
+    Raises BundleError, in one line, when the disk is full or not writable.
+    """
+    try:
+        bundle.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.staging-", dir=bundle.parent))
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    except OSError as error:
+        raise BundleError(f"{bundle}: can't be written ({error.strerror or error}); the bundle is as it was before") from error
+
+
+def named_by_content(path: Path, stem: str) -> File:
+    """Rename a staged file to ``<stem>-<hash><suffix>``, in its folder, and describe it relative to the staging root."""
+    sha256 = file_sha256(path)
+    target = path.with_name(f"{stem}-{sha256[:8]}{path.suffix}")
+    path.rename(target)
+    return File(path=target.name, size=target.stat().st_size, sha256=sha256)
+
+
+def describe(root: Path, relative: str) -> File:
+    """The manifest's record of a file below ``root``."""
+    path = root / relative
+    return File(path=relative, size=path.stat().st_size, sha256=file_sha256(path))
+
+
+def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manifest]) -> Bundle:
+    """Move the staged files into the bundle and make ``update(current manifest)`` the manifest.
+
+    The lock makes concurrent commits follow one another, and ``update`` sees what the one before has written.
+    """
+    with _locked(bundle.parent):
+        current = current_bundle(bundle)
+        manifest = update(current.manifest if current else None)
+        for path in stage.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        if current is None:
+            _write_flushed(stage / MANIFEST, encode(manifest))
+            stage.chmod(0o755)
+            stage.rename(bundle)
+        else:
+            _move_in(stage, bundle)
+            _write_flushed(stage / MANIFEST, encode(manifest))
+            (stage / MANIFEST).replace(bundle / MANIFEST)
+            _remove_unnamed(bundle, current.manifest, manifest)
+        _flush(bundle)
+        _flush(bundle.parent)
+    return Bundle(bundle, manifest)
+
+
+def current_bundle(bundle: Path) -> Bundle | None:
+    """The bundle there is, or None where one can be created: no such folder, or an empty one."""
+    if not bundle.exists() or (bundle.is_dir() and not any(bundle.iterdir())):
+        return None
+    return open_bundle(bundle)
+
+
+def _move_in(stage: Path, bundle: Path) -> None:
+    for path in sorted(stage.rglob("*")):
+        if path.is_file():
+            target = bundle / path.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            _flush(target.parent)
+
+
+def _remove_unnamed(bundle: Path, former: Manifest, manifest: Manifest) -> None:
+    """Remove what the former manifest named and this one does not; a file that is not ours stays."""
+    kept = {file.path for file in all_files(manifest)}
+    for path in sorted({file.path for file in all_files(former)} - kept):
+        (bundle / path).unlink(missing_ok=True)
+        with suppress(OSError):  # other files are left in the folder
+            (bundle / path).parent.rmdir()
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

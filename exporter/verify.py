@@ -1,0 +1,136 @@
+"""Verifying a task: the formula in float64, the merged torch model, the ONNX graph and the engines, each against the first.
+
+A merge that did nothing would pass any comparison of the merged model with itself, so the task must also differ from
+the unadapted model by far more than the stages may differ from one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporter.arms import bundled_adapter, merged_graph, unadapted_graph
+from exporter.bundle.manifest import Bundle
+from exporter.digest import graph_digest
+from exporter.reference import Inputs, Runner, base_values, exact_values, merged_values, torch_runner
+from lora.adapter import LowRank
+from lora.errors import LorafuseError
+from lora.tensorfile import Array
+
+# Of the largest output. A float32 encoder of 6 layers is off by about 1e-6 of it; a wrong weight by 1e-2 and more.
+OUTPUT_BOUND = 2e-5
+# The task must move the outputs by this many times the bound, or "equal" would say nothing.
+LEAST_MOVE = 10
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage against the formula: the worst difference and where it is, the bound it is held to, and the answer.
+
+    ``passed`` is None where the stage could not be run here; ``note`` then says why.
+    """
+
+    name: str
+    difference: float
+    bound: float
+    where: str
+    got: float
+    want: float
+    passed: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All stages; ``moved`` is how far the task moves the unadapted outputs; the digests prove equal graphs."""
+
+    task: str
+    inputs: int
+    stages: tuple[Stage, ...]
+    moved: float
+    least_move: float
+    digest: str
+    unadapted_digest: str
+
+    @property
+    def passed(self) -> bool:
+        """Every stage that ran is within its bound, the task differs from its base, and the graphs are the same."""
+        return all(stage.passed is not False for stage in self.stages) and self.differs and self.digest == self.unadapted_digest
+
+    @property
+    def differs(self) -> bool:
+        """Whether the task does anything: a merge that did nothing agrees with itself at every stage."""
+        return self.moved >= self.least_move
+
+
+def verify(bundle: Bundle, task: str, batches: Sequence[Inputs], runners: Mapping[str, Runner]) -> Verification:
+    """Hold ``task`` against its formula on ``batches`` of inputs.
+
+    ``runners`` are the further stages by name (ONNX, engines); one that raises a LorafuseError is reported as not run.
+    """
+    exact_weights, stored_weights = exact_values(bundle, task), merged_values(bundle, task)
+    oracle = torch_runner(bundle, task, exact_weights)
+    exact = [oracle(batch) for batch in batches]
+    stages = [
+        _weights_stage(bundle, task, exact_weights, stored_weights),
+        _output_stage("merged torch", exact, batches, torch_runner(bundle, task, stored_weights)),
+        *(_output_stage(name, exact, batches, run) for name, run in runners.items()),
+    ]
+    unadapted = torch_runner(bundle, task, {name: values.astype(np.float64) for name, values in base_values(bundle, task).items()})
+    return Verification(
+        task=task,
+        inputs=sum(len(outputs) for outputs in exact),
+        stages=tuple(stages),
+        moved=max(float(np.abs(outputs - unadapted(batch)).max()) for outputs, batch in zip(exact, batches, strict=True)),
+        least_move=LEAST_MOVE * _output_bound(exact),
+        digest=graph_digest(merged_graph(bundle, task)),
+        unadapted_digest=graph_digest(unadapted_graph(bundle, task)),
+    )
+
+
+def _weights_stage(bundle: Bundle, task: str, exact: Mapping[str, Array], stored: Mapping[str, Array]) -> Stage:
+    """Every stored weight against the formula; a merged one within the rounding of its own float32 computation."""
+    updates = {update.parameter: update for update in bundled_adapter(bundle, task).updates}
+    worst = (-1.0, "", 0.0, 0.0, 0.0)
+    for name, want in exact.items():
+        bound = _rounding(want, updates.get(name))
+        excess = np.abs(stored[name].astype(np.float64) - want) / bound
+        place = np.unravel_index(int(excess.argmax()), excess.shape)
+        if not excess[place] <= worst[0]:  # NaN is the worst of all
+            worst = (float(excess[place]), f"{name}{list(map(int, place))}", float(stored[name][place]), float(want[place]), float(bound[place]))
+    excess_ratio, where, got, value, limit = worst
+    return Stage("stored weights", abs(got - value), limit, where, got, value, excess_ratio <= 1)
+
+
+def _rounding(want: Array, update: LowRank | None) -> Array:
+    """The forward error bound of ``W + s·B·A`` in float32: (rank + 2) roundings of the product and one of the sum.
+
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.5. Without an update the value must be exact.
+    """
+    epsilon = float(np.finfo(np.float32).eps)
+    bound = np.full(want.shape, np.finfo(np.float64).tiny)
+    if update is not None:
+        product = np.abs(update.b).astype(np.float64) @ np.abs(update.a).astype(np.float64) * abs(update.scaling)
+        bound += epsilon * ((update.rank + 2) * (product.T if update.transposed else product) + np.abs(want))
+    return bound
+
+
+def _output_stage(name: str, exact: Sequence[Array], batches: Sequence[Inputs], run: Runner) -> Stage:
+    bound = _output_bound(exact)
+    try:
+        outputs = [run(batch) for batch in batches]
+    except LorafuseError as error:
+        return Stage(name, 0.0, bound, "", 0.0, 0.0, None, str(error))
+    differences = [np.abs(got - want) for got, want in zip(outputs, exact, strict=True)]
+    batch = int(np.argmax([difference.max() for difference in differences]))
+    place = np.unravel_index(int(differences[batch].argmax()), differences[batch].shape)
+    row = sum(len(outputs) for outputs in exact[:batch]) + int(place[0])
+    where = f"input {row}, output {list(map(int, place[1:]))}"
+    worst = float(differences[batch][place])
+    return Stage(name, worst, bound, where, float(outputs[batch][place]), float(exact[batch][place]), worst <= bound)
+
+
+def _output_bound(exact: Sequence[Array]) -> float:
+    return OUTPUT_BOUND * max(float(np.abs(outputs).max()) for outputs in exact)

@@ -1,0 +1,140 @@
+"""``adapter_config.json`` as PEFT 0.21 writes it: every field is honoured, without effect on the merged weight, or refused by name.
+
+Meaning of the fields: https://huggingface.co/docs/peft/package_reference/lora
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from lora.errors import AdapterError
+
+Number = TypeVar("Number", int, float)
+
+# They steer training, or how a model is loaded; the merged weight does not depend on them.
+WITHOUT_EFFECT = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+    }
+)
+# They change the maths (or the base) in a way this reader does not implement: refused unless empty.
+NOT_MERGEABLE = {
+    "alora_invocation_tokens": "activated LoRA applies to part of a sequence only and can't be merged",
+    "arrow_config": "Arrow routes between adapters per token and can't be merged",
+    "use_qalora": "QA-LoRA pools the input and can't be merged into a dense weight",
+    "use_bdlora": "block-diagonal LoRA is not supported",
+    "kasa_config": "KaSA is not supported",
+    "monteclora_config": "MonteCLoRA is not supported",
+    "velora_config": "VeLoRA is not supported",
+    "megatron_config": "Megatron's parallel layers are not supported",
+    "use_dora": "DoRA is not supported yet",
+    "lora_bias": "a bias on lora_B is not supported yet",
+    "target_parameters": "updates of bare parameters (MoE experts) are not supported yet",
+    "trainable_token_indices": "trainable tokens are not supported yet",
+    "layer_replication": "replicated layers share their base weights; merge into an untied copy of the base",
+}
+# These initialisations change the base weight before training: the adapter only fits that changed base.
+CHANGED_BASE_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Settings of those initialisations; what decides is init_lora_weights itself.
+INIT_SETTINGS = frozenset({"loftq_config", "eva_config", "corda_config", "lora_ga_config"})
+
+
+class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields that a merge honours. ``r`` and ``lora_alpha`` may be overridden per module by the two patterns."""
+
+    r: int
+    lora_alpha: float
+    task_type: str | None = None
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    init_lora_weights: bool | str = True
+
+    def rank(self, module: str) -> int:
+        """The rank of the module at this path."""
+        return _by_pattern(self.rank_pattern or {}, module, self.r)
+
+    def scaling(self, module: str) -> float:
+        """``alpha / r``, or ``alpha / sqrt(r)`` with rank stabilisation (Kalajdzievski 2023)."""
+        rank = self.rank(module)
+        alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def read_config(path: Path) -> PeftConfig:
+    """Parse and check the file. Raises AdapterError naming the field that can't be honoured."""
+    try:
+        content = path.read_bytes()
+        fields = msgspec.json.decode(content, type=dict[str, Any])
+        config = msgspec.json.decode(content, type=PeftConfig)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path}: no such file; expected a PEFT adapter (adapter_config.json and adapter_model.safetensors)") from error
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: not a PEFT LoRA configuration ({error}); save the adapter again with save_pretrained") from error
+    _refuse_other_maths(path, fields)
+    _refuse_bad_values(path, config)
+    return config
+
+
+def _refuse_other_maths(path: Path, fields: dict[str, Any]) -> None:
+    if fields.get("peft_type") not in ("LORA", None):
+        raise AdapterError(f"{path}: field 'peft_type' is {fields['peft_type']!r}; only LORA adapters can be merged")
+    for name, reason in NOT_MERGEABLE.items():
+        if fields.get(name):
+            raise AdapterError(f"{path}: field '{name}' is set: {reason}")
+    known = WITHOUT_EFFECT | NOT_MERGEABLE.keys() | INIT_SETTINGS | set(PeftConfig.__struct_fields__)
+    for name in sorted(fields.keys() - known):
+        if fields[name] not in (None, False, [], {}):
+            raise AdapterError(f"{path}: field '{name}' is not known, so the merge might ignore what it does; remove it if it has no effect")
+
+
+def _refuse_bad_values(path: Path, config: PeftConfig) -> None:
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(CHANGED_BASE_INITS):
+        raise AdapterError(
+            f"{path}: field 'init_lora_weights' is {init!r}, which changes the base before training; "
+            "save the adapter converted to plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    ranks = {"r": config.r, **(config.rank_pattern or {})}
+    for name, rank in ranks.items():
+        if rank < 1:
+            raise AdapterError(f"{path}: rank of '{name}' is {rank}; expected 1 or more")
+    alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
+    for name, alpha in alphas.items():
+        if not math.isfinite(alpha):
+            raise AdapterError(f"{path}: alpha of '{name}' is {alpha}; expected a finite number")
+    for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(f"{path}: pattern {pattern!r} is not a regular expression ({error})") from error
+    if config.bias not in ("none", "all", "lora_only"):
+        raise AdapterError(f"{path}: field 'bias' is {config.bias!r}; expected none, all or lora_only")
+
+
+def _by_pattern(patterns: dict[str, Number], module: str, default: Number) -> Number:
+    """The value of the first pattern that matches the whole module path or a dotted suffix of it."""
+    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(matches, default)

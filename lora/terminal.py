@@ -1,0 +1,58 @@
+"""What every command prints: results on stdout, progress on stderr, an expected error in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+DONE, NO, UNDECIDED, BAD_INPUT = 0, 1, 2, 3
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_error(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
+    sys.stderr.write(f"lorafuse: {' '.join(message.split())}\n")
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A table on stdout; columns after the first are right-aligned where every cell starts with a digit or sign."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        numeric = index > 0 and all(row[index][:1] in "0123456789+-" for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    wide = None if sys.stdout.isatty() else 250  # a file or a pipe has no width to fold to
+    Console(markup=False, width=wide).print(table)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[str], None]]:
+    """A live line on stderr with the current step and the time it has taken; silent where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda step: bar.update(task, description=f"{title}: {step}")
+
+
+def megabytes(size: int) -> str:
+    """A size for people: "7.1 MB", "60.8 kB"."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
