@@ -21,7 +21,6 @@ WITHOUT_EFFECT = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
-        "ensure_weight_tying",
         "exclude_modules",
         "inference_mode",
         "layers_pattern",
@@ -50,6 +49,7 @@ NOT_MERGEABLE = {
     "lora_bias": "a bias on lora_B is not supported yet",
     "target_parameters": "updates of bare parameters (MoE experts) are not supported yet",
     "trainable_token_indices": "trainable tokens are not supported yet",
+    "ensure_weight_tying": "updates of tied weights are not supported yet",
     "layer_replication": "replicated layers share their base weights; merge into an untied copy of the base",
 }
 # These initialisations change the base weight before training: the adapter only fits that changed base.
