@@ -435,6 +435,7 @@ from pathlib import Path
 from exporter.task import Request, export_task
 
 base, adapter, source, own = map(Path, sys.argv[2:6])
+sees_writes = False
 shutil.copytree(source, own)  # linked to below; ONNX refuses to read a file with several links, so the session's own must not be
 
 def prepare(bundle):
