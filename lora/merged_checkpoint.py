@@ -1,0 +1,261 @@
+"""Writing a merge: only the changed tensors, or a whole checkpoint that transformers loads.
+
+Where every tensor keeps its dtype, the base's files are copied inside the kernel and the changed byte ranges
+overwritten; memory follows the largest tensor. Everything is written into a staging folder beside the target, flushed
+and renamed, and a weights file gets its first bytes last: what an interrupted merge leaves can't be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lora.adapter import Change, Replacement, Rows
+from lora.checkpoint import CONFIG, INDEX, OUTPUT_EMBEDDING, SINGLE, Checkpoint
+from lora.errors import CheckpointError
+from lora.merge import Dtypes, Merged, Targets, merge
+from lora.survival import Survival, survival
+from lora.tensorfile import Array, Lazy, TensorFile, TensorWriter, write_tensors
+
+CHANGED, ADDED = "changed.safetensors", "model-added.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+
+
+@dataclass(frozen=True)
+class Storing:
+    """How to store: only what changed or a whole checkpoint; another dtype than the base's; the worst tensors in float32."""
+
+    only_changed: bool = False
+    dtype: np.dtype[Any] | None = None
+    keep_wide: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a merge wrote: its changed tensors, what rounding cost each, and whether it untied the output embedding."""
+
+    folder: Path
+    changed: tuple[str, ...]
+    survivals: tuple[Survival, ...]
+    untied: bool
+
+
+def write_merged(base: Checkpoint, targets: Targets, source: object, out: Path, storing: Storing) -> Written:
+    """Merge ``targets`` into ``base`` and write the result to the new folder ``out``.
+
+    Raises AdapterError when the merge is refused, CheckpointError when ``out`` is taken or can't be written; then
+    nothing is left under its name.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists already; choose another folder, or remove it")
+    untied = _unties(base, targets)
+    report: list[Survival] = []
+    merged = _stream(base, targets, source, storing, report)
+    with _staging(out) as stage:
+        if storing.only_changed:
+            changed = _write_stream(stage / CHANGED, base, targets, merged)
+        elif storing.dtype is None and not storing.keep_wide:
+            changed = _copy_and_patch(stage, base, targets, merged)
+        else:
+            changed = _rewrite(stage, base, targets, merged, storing)
+        if not storing.only_changed:
+            _copy_side_files(stage, base, untied, storing)
+        _flush_and_rename(stage, out)
+    return Written(out, tuple(sorted(changed)), tuple(report), untied)
+
+
+def _stream(base: Checkpoint, targets: Targets, source: object, storing: Storing, report: list[Survival]) -> Iterator[Merged]:
+    """The changed tensors as they are to be stored; what rounding cost is reported, and undone where it cost too much."""
+    dtypes: Dtypes = dict.fromkeys(targets, storing.dtype) if storing.dtype is not None else {}
+    for merged in merge(base, targets, source, dtypes):
+        cost = survival(merged)
+        if cost is not None and cost.warns and storing.keep_wide:
+            merged = replace(merged, stored=merged.exact)
+            cost = survival(merged)
+        if cost is not None:
+            report.append(cost)
+        yield merged
+    if _unties(base, targets) and OUTPUT_EMBEDDING not in targets:
+        tied = base[OUTPUT_EMBEDDING]
+        yield Merged(OUTPUT_EMBEDDING, np.asarray(tied), tied.astype(np.float32), None)
+
+
+def _write_stream(path: Path, base: Checkpoint, targets: Targets, stream: Iterator[Merged]) -> list[str]:
+    names = []
+    with TensorWriter(path, _expected(base, targets)) as writer:
+        for merged in stream:
+            writer.add(merged.parameter, merged.stored)
+            names.append(merged.parameter)
+    return names
+
+
+def _copy_and_patch(stage: Path, base: Checkpoint, targets: Targets, stream: Iterator[Merged]) -> list[str]:
+    """Copy the base's files and overwrite what changed; tensors that the base does not store go into a file of their own."""
+    files = {file.path: stage / name for file, name in zip(base.files, _shard_names(base, targets), strict=True)}
+    added: dict[str, Merged] = {}
+    names = []
+    with ExitStack() as stack:
+        copies = {path: stack.enter_context(_unreadable_until_closed(path, target)) for path, target in files.items()}
+        for merged in stream:
+            names.append(merged.parameter)
+            home = base.home.get(merged.parameter)
+            if home is None:
+                added[merged.parameter] = merged
+                continue
+            copy = copies[home.path]
+            copy.seek(home.spans[merged.parameter].offset)
+            copy.write(np.ascontiguousarray(merged.stored).reshape(-1).view(np.uint8).data)
+    if added:
+        write_tensors(stage / ADDED, {name: _lazy(merged.stored) for name, merged in added.items()})
+    _write_index(stage, {name: files[file.path].name for name, file in base.home.items()} | dict.fromkeys(added, ADDED))
+    return names
+
+
+def _rewrite(stage: Path, base: Checkpoint, targets: Targets, stream: Iterator[Merged], storing: Storing) -> list[str]:
+    """Write every tensor anew: the changed ones first into a file of their own, which is read back and removed."""
+    names = _write_stream(stage / CHANGED, base, targets, stream)
+    changed = TensorFile(stage / CHANGED)
+    homes: dict[str, str] = {}
+    for file, name in zip(base.files, _shard_names(base, targets), strict=True):
+        tensors = {key: _lazy(changed[key]) if key in changed else _cast(file, key, storing.dtype) for key in file}
+        write_tensors(stage / name, tensors, file.metadata)
+        homes |= dict.fromkeys(tensors, name)
+    added = {key: _lazy(changed[key]) for key in changed if key not in base.home}
+    if added:
+        write_tensors(stage / ADDED, added)
+    (stage / CHANGED).unlink()
+    _write_index(stage, homes | dict.fromkeys(added, ADDED))
+    return names
+
+
+def _expected(base: Checkpoint, targets: Targets) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """At most these tensors change; float64 stands for whatever dtype they end in."""
+    names = {*targets, *base.tied}
+    shapes = {name: base[name].shape if name in base else _replaced_shape(targets[name]) for name in names}
+    return {name: (np.dtype(np.float64), shape) for name, shape in shapes.items()}
+
+
+def _replaced_shape(changes: Sequence[Change]) -> tuple[int, ...]:
+    return next(change.value.shape for change in changes if isinstance(change, Replacement))
+
+
+def _unties(base: Checkpoint, targets: Targets) -> bool:
+    """Whether one of two tied embeddings changes and the other does not. Trained tokens stay tied, as they were trained."""
+    touched = [name for name in targets if name in {*base.tied, *base.tied.values()} and not all(isinstance(change, Rows) for change in targets[name])]
+    return bool(touched)
+
+
+def _shard_names(base: Checkpoint, targets: Targets) -> list[str]:
+    """The files' names in the result: transformers reads ``model.safetensors`` alone, so it is renamed where another comes beside it."""
+    alone = all(name in base.home for name in targets) and not _unties(base, targets)
+    names = [file.path.name for file in base.files]
+    return names if alone or names != [SINGLE] else ["model-base.safetensors"]
+
+
+def _write_index(stage: Path, homes: Mapping[str, str]) -> None:
+    if set(homes.values()) == {SINGLE}:
+        return
+    total = sum(span.length for file in sorted(set(homes.values())) for span in TensorFile(stage / file).spans.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
+    (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_side_files(stage: Path, base: Checkpoint, untied: bool, storing: Storing) -> None:
+    """Configuration and tokenizer, as they are but for what the merge has changed: tied embeddings, the dtype."""
+    for path in sorted(base.folder.iterdir()):
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (INDEX, CONFIG):
+            shutil.copyfile(path, stage / path.name)
+    if base.config:
+        changes = {"tie_word_embeddings": False} if untied else {}
+        if storing.dtype is not None:
+            changes["dtype"] = storing.dtype.name  # type: ignore[assignment]
+        if changes:
+            (stage / CONFIG).write_text(json.dumps(base.config | changes, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(base.folder / CONFIG, stage / CONFIG)
+
+
+def _lazy(values: Array) -> Lazy:
+    return Lazy(values.dtype, values.shape, lambda: np.asarray(values))
+
+
+def _cast(file: TensorFile, name: str, dtype: np.dtype[Any] | None) -> Lazy:
+    """A tensor of the base in another floating-point dtype; integers stay. Overflow is an error."""
+    span = file.spans[name]
+    wanted = dtype if dtype is not None and span.dtype.kind in "fV" else span.dtype
+
+    def make() -> Array:
+        with np.errstate(over="ignore"):
+            values = file[name].astype(wanted, copy=False)
+        if wanted != span.dtype and not np.isfinite(values.astype(np.float32, copy=False)).all():
+            raise CheckpointError(f"{file.path}: tensor '{name}' overflows {wanted}; store it in a wider dtype")
+        return values
+
+    return Lazy(wanted, span.shape, make)
+
+
+@contextmanager
+def _unreadable_until_closed(source: Path, target: Path) -> Iterator[BinaryIO]:
+    """A copy of a safetensors file, open for patching; its first eight bytes, without which it can't be read, come last."""
+    with source.open("rb") as original, target.open("wb") as copy:
+        head = original.read(8)
+        copy.write(bytes(8))
+        copy.flush()
+        _copy_range(original, copy, source.stat().st_size - 8)
+        yield copy
+        copy.flush()
+        os.fsync(copy.fileno())
+        copy.seek(0)
+        copy.write(head)
+
+
+def _copy_range(original: BinaryIO, copy: BinaryIO, length: int) -> None:
+    """Inside the kernel where the file systems allow it; from offset 8 on in both files."""
+    done = 0
+    try:
+        while done < length:
+            done += os.copy_file_range(original.fileno(), copy.fileno(), length - done, 8 + done, 8 + done)
+    except OSError:
+        if done:
+            raise
+        original.seek(8)
+        copy.seek(8)
+        shutil.copyfileobj(original, copy, 1 << 24)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.staging-", dir=out.parent))
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: can't be written ({error.strerror or error}); nothing was left there") from error
+
+
+def _flush_and_rename(stage: Path, out: Path) -> None:
+    for path in (*stage.iterdir(), stage):
+        _flush(path)
+    stage.chmod(0o755)
+    stage.rename(out)
+    _flush(out.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
