@@ -14,7 +14,7 @@ from lora.tensorfile import Array
 # How B · A becomes an update of the weight's shape.
 #   linear      (out, in) = B · A, also where a transformers Conv1D or an embedding stores (in, out): (B · A)ᵀ
 #   conv        two convolutions composed: A with the kernel's extent, B with extent 1
-#   view        loralib's convolutions: B · A taken as the kernel's bytes, whatever that means
+#   view        loralib, whose file does not name the layer: a kernel takes B · A as its bytes, a matrix is linear or transposed
 #   experts     one product per expert, stacked: A is (experts · rank, in), B is (out, rank · experts)
 Layout = Literal["linear", "transposed", "conv", "view", "experts"]
 # How a format spells module names: as they are, or with dots written as underscores (kohya).
@@ -28,7 +28,7 @@ class LowRank:
     """``W' = W + scaling · B · A`` (Hu et al. 2021, eq. 3); with a ``magnitude``, DoRA's ``W' = m · V / ‖V‖`` of that V.
 
     ``rank`` is each product's inner dimension. ``parameters`` are the names that the weight may have below the module;
-    the base has one of them.
+    the base has one of them. ``square`` is for the layout "view": how square matrices are stored, None if nobody said.
     """
 
     module: str
@@ -39,6 +39,7 @@ class LowRank:
     layout: Layout = "linear"
     magnitude: Array | None = None
     parameters: tuple[str, ...] = ("weight",)
+    square: Literal["linear", "transposed"] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,14 @@ class Increment:
 
 @dataclass(frozen=True)
 class Replacement:
-    """``parameter`` takes ``value`` as it is: a trained head, a saved bias."""
+    """``parameter`` takes ``value`` as it is: a trained head, a saved bias.
+
+    A head may be new to the base. With ``among``, it is one of these parameters that the base must have.
+    """
 
     parameter: str
     value: Array
+    among: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Adapter:
     """One trained task.
 
     ``files`` are the files it was read from and ``sha256`` identifies their bytes. ``base_sha256`` is the fingerprint
-    of the base it was trained on, where the file records one.
+    of the base it was trained on, where the file records one. ``skipped`` are the file's components that were not chosen.
     """
 
     path: Path
@@ -102,3 +107,4 @@ class Adapter:
     task_type: str | None = None
     base_sha256: str | None = None
     spelling: Spelling = "dotted"
+    skipped: tuple[str, ...] = ()

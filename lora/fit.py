@@ -40,7 +40,10 @@ def changes_by_parameter(base: Mapping[str, Array], adapter: Adapter) -> dict[st
 def _place(adapter: Adapter, change: Change, base: Mapping[str, Array], rename: _Renaming) -> Placed:
     assert not isinstance(change, Blend)  # made of changes that have been placed
     if isinstance(change, Replacement):
-        name = rename(change.parameter)
+        candidates = [rename(name) for name in change.among or (change.parameter,)]
+        name = next((name for name in candidates if name in base), candidates[0])
+        if change.among and name not in base:
+            raise AdapterError(f"{adapter.path}: the base has no '{' or '.join(change.among)}'; the adapter was trained on another model")
         if name in base and base[name].shape != change.value.shape:
             raise _misfit(adapter, change.parameter, base[name].shape, (change.value.shape,))
         return Placed(name, change)
@@ -75,15 +78,51 @@ def _with_layout(adapter: Adapter, update: LowRank, shape: tuple[int, ...]) -> L
                     return replace(update, layout=layout)  # type: ignore[arg-type]  # the keys are layouts
             raise _misfit(adapter, update.module, shape, (readings[update.layout],))
         case "conv":
+            if len(shape) == 2 and set(update.a.shape[2:]) == {1}:  # a 1 × 1 convolution on what the base has as a matrix
+                squeezed = replace(update, a=update.a.reshape(update.a.shape[:2]), b=update.b.reshape(update.b.shape[:2]), layout="linear")
+                return _with_layout(adapter, squeezed, shape)
             expected = (out_features, *update.a.shape[1:])
             if shape != expected:
                 raise _misfit(adapter, update.module, shape, (expected,), "; grouped convolutions can't be merged")
         case "view":
-            if len(shape) < 3 or out_features * in_features != int(np.prod(shape)):
-                raise _misfit(adapter, update.module, shape, ((out_features * in_features,),))
+            return _loralib_matrix(adapter, update, shape) if len(shape) == 2 else _loralib_kernel(adapter, update, shape)
         case "experts":
             return replace(update, layout="linear") if len(shape) == 2 else update
     return update
+
+
+def _loralib_matrix(adapter: Adapter, update: LowRank, shape: tuple[int, ...]) -> LowRank:
+    """A linear layer (out, in), or one stored (in, out) as embeddings are; a square one is what the user said."""
+    out_features, in_features = update.b.shape[0], update.a.shape[1]
+    if shape == (out_features, in_features) and out_features != in_features:
+        return replace(update, layout="linear")
+    if shape == (in_features, out_features) and out_features != in_features:
+        return replace(update, layout="transposed")
+    if shape != (out_features, in_features):
+        hint = "; or the layer is a MergedLinear: give enable_lora"
+        raise _misfit(adapter, update.module, shape, ((out_features, in_features), (in_features, out_features)), hint)
+    if update.square is None:
+        raise AdapterError(
+            f"{adapter.path}: the weight of '{update.module}' is square and the file does not say whether it is stored (out, in) or (in, out); give fan_in_fan_out"
+        )
+    return replace(update, layout=update.square)
+
+
+def _loralib_kernel(adapter: Adapter, update: LowRank, shape: tuple[int, ...]) -> LowRank:
+    """A convolution (out, in / groups, k, ...): A is (r · k, in · k), B is (out / groups · k, r · k), and the scaling is that of r.
+
+    B · A holds k² numbers per pair of channels: a kernel of one or three dimensions has room for them only where k = 1.
+    """
+    out_features, in_features, extent = update.b.shape[0], update.a.shape[1], shape[-1] if len(shape) > 2 else 0
+    groups = in_features // (shape[1] * extent) if extent and shape[1] else 0
+    expected = (shape[0] * extent // groups, shape[1] * groups * extent) if groups else ()
+    even = set(shape[2:]) == {extent} and extent and update.rank % extent == 0
+    if not even or (out_features, in_features) != expected or out_features * in_features != int(np.prod(shape)):
+        raise AdapterError(
+            f"{adapter.path}: module '{update.module}' has factors A {update.a.shape} and B {update.b.shape}, whose product is no kernel of shape {shape}; "
+            "the adapter was trained on another model"
+        )
+    return replace(update, rank=update.rank // extent, scaling=update.scaling * extent)
 
 
 def _expert_parameter(adapter: Adapter, update: LowRank, shapes: Mapping[str, tuple[int, ...]]) -> str:

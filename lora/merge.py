@@ -19,12 +19,16 @@ Dtypes = Mapping[str, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Merged:
-    """A changed tensor: as it is stored, before that rounding (float32), and as the base has it (None: a new head)."""
+    """A changed tensor: as it is stored, before that rounding (float32), and as the base has it (None: a new head).
+
+    ``unchanged`` of its elements are bit for bit the base's.
+    """
 
     parameter: str
     stored: Array
     exact: Array
     base: Array | None
+    unchanged: int
 
 
 def merge(base: Mapping[str, Array], targets: Targets, source: object, dtypes: Dtypes | None = None) -> Iterator[Merged]:
@@ -37,9 +41,9 @@ def merge(base: Mapping[str, Array], targets: Targets, source: object, dtypes: D
     updated = differing = 0
     for parameter, changes in targets.items():
         merged = _merge_one(base, parameter, changes, dtypes or {})
-        if not np.isfinite(merged.stored.astype(np.float32, copy=False)).all():
+        if not _is_finite(merged):
             raise AdapterError(f"{source}: merging into '{parameter}' overflows {merged.stored.dtype}; store it in a wider dtype")
-        differs = merged.base is None or merged.stored.dtype != merged.base.dtype or not np.array_equal(merged.stored, merged.base)
+        differs = merged.unchanged < merged.stored.size
         if any(isinstance(change, LowRank | Blend) for change in changes):
             updated += 1
             differing += differs
@@ -49,6 +53,12 @@ def merge(base: Mapping[str, Array], targets: Targets, source: object, dtypes: D
         raise AdapterError(
             f"{source}: merging changes none of the {updated} target weights (lora_B is zero, or the update is lost in rounding); the result would be the base model"
         )
+
+
+def _is_finite(merged: Merged) -> bool:
+    """The exact values decide for a dtype of float32's range, without a look at the narrow ones."""
+    values = merged.stored if merged.stored.dtype == np.float16 else merged.exact
+    return bool(np.isfinite(values).all())
 
 
 def apply(changes: Sequence[Change], tensor: Array | None, dtype: Float = np.float32) -> Array:
@@ -73,4 +83,12 @@ def _merge_one(base: Mapping[str, Array], parameter: str, changes: Sequence[Chan
     exact = apply(changes, before)
     stored_as = dtypes.get(parameter) or (before.dtype if before is not None else exact.dtype)
     with np.errstate(over="ignore"):  # an overflow is found, and named, in the result
-        return Merged(parameter, exact.astype(stored_as, copy=False), exact, before)
+        stored = exact.astype(stored_as, copy=False)
+    return Merged(parameter, stored, exact, before, _equal_bits(stored, before))
+
+
+def _equal_bits(stored: Array, base: Array | None) -> int:
+    if base is None or base.dtype != stored.dtype:
+        return 0
+    bits = np.dtype(f"u{stored.dtype.itemsize}")
+    return int(np.count_nonzero(stored.view(bits) == base.view(bits)))

@@ -23,6 +23,7 @@ from lora.adapter import Change, Replacement, Rows
 from lora.checkpoint import CONFIG, INDEX, OUTPUT_EMBEDDING, SINGLE, Checkpoint
 from lora.errors import CheckpointError
 from lora.merge import Dtypes, Merged, Targets, merge
+from lora.patched_copy import patched_copy
 from lora.survival import Survival, survival
 from lora.tensorfile import Array, Lazy, TensorFile, TensorWriter, write_tensors
 
@@ -86,7 +87,7 @@ def _stream(base: Checkpoint, targets: Targets, source: object, storing: Storing
         yield merged
     if _unties(base, targets) and OUTPUT_EMBEDDING not in targets:
         tied = base[OUTPUT_EMBEDDING]
-        yield Merged(OUTPUT_EMBEDDING, np.asarray(tied), tied.astype(np.float32), None)
+        yield Merged(OUTPUT_EMBEDDING, np.asarray(tied), np.asarray(tied), None, 0)
 
 
 def _write_stream(path: Path, base: Checkpoint, targets: Targets, stream: Iterator[Merged]) -> list[str]:
@@ -99,21 +100,21 @@ def _write_stream(path: Path, base: Checkpoint, targets: Targets, stream: Iterat
 
 
 def _copy_and_patch(stage: Path, base: Checkpoint, targets: Targets, stream: Iterator[Merged]) -> list[str]:
-    """Copy the base's files and overwrite what changed; tensors that the base does not store go into a file of their own."""
-    files = {file.path: stage / name for file, name in zip(base.files, _shard_names(base, targets), strict=True)}
+    """Copy the untouched byte ranges in the background and write the changed tensors into the gaps.
+
+    Tensors that the base does not store go into a file of their own.
+    """
+    files = dict(zip((file.path for file in base.files), (stage / name for name in _shard_names(base, targets)), strict=True))
     added: dict[str, Merged] = {}
     names = []
     with ExitStack() as stack:
-        copies = {path: stack.enter_context(_unreadable_until_closed(path, target)) for path, target in files.items()}
+        copies = {file.path: stack.enter_context(patched_copy(file, files[file.path], set(targets))) for file in base.files}
         for merged in stream:
             names.append(merged.parameter)
-            home = base.home.get(merged.parameter)
-            if home is None:
+            if merged.parameter in base.home:
+                copies[base.home[merged.parameter].path].write(merged.parameter, merged.stored)
+            else:
                 added[merged.parameter] = merged
-                continue
-            copy = copies[home.path]
-            copy.seek(home.spans[merged.parameter].offset)
-            copy.write(np.ascontiguousarray(merged.stored).reshape(-1).view(np.uint8).data)
     if added:
         write_tensors(stage / ADDED, {name: _lazy(merged.stored) for name, merged in added.items()})
     _write_index(stage, {name: files[file.path].name for name, file in base.home.items()} | dict.fromkeys(added, ADDED))
@@ -201,35 +202,6 @@ def _cast(file: TensorFile, name: str, dtype: np.dtype[Any] | None) -> Lazy:
         return values
 
     return Lazy(wanted, span.shape, make)
-
-
-@contextmanager
-def _unreadable_until_closed(source: Path, target: Path) -> Iterator[BinaryIO]:
-    """A copy of a safetensors file, open for patching; its first eight bytes, without which it can't be read, come last."""
-    with source.open("rb") as original, target.open("wb") as copy:
-        head = original.read(8)
-        copy.write(bytes(8))
-        copy.flush()
-        _copy_range(original, copy, source.stat().st_size - 8)
-        yield copy
-        copy.flush()
-        os.fsync(copy.fileno())
-        copy.seek(0)
-        copy.write(head)
-
-
-def _copy_range(original: BinaryIO, copy: BinaryIO, length: int) -> None:
-    """Inside the kernel where the file systems allow it; from offset 8 on in both files."""
-    done = 0
-    try:
-        while done < length:
-            done += os.copy_file_range(original.fileno(), copy.fileno(), length - done, 8 + done, 8 + done)
-    except OSError:
-        if done:
-            raise
-        original.seek(8)
-        copy.seek(8)
-        shutil.copyfileobj(original, copy, 1 << 24)
 
 
 @contextmanager

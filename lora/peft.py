@@ -1,4 +1,4 @@
-"""Reading a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Reading a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``, a torch state dict).
 
 Keys are ``base_model.model.<module>.<slot>``, where the slot says which part of the layer the tensor is; saved modules
 and biases stand under ``base_model.model.<parameter>``. ``base_layer`` in a path is PEFT's wrapper around the module.
@@ -29,10 +29,9 @@ def read_peft(folder: Path) -> Adapter:
     Raises AdapterError when a file is missing or damaged, a field can't be honoured, or a tensor is left over.
     """
     config = read_config(folder / CONFIG)
-    if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
-        raise AdapterError(f"{folder / PICKLE}: a pickle can run code when it is read; save the adapter again as {WEIGHTS}")
-    factors, metadata = open_factors(folder / WEIGHTS)
-    files = (folder / CONFIG, folder / WEIGHTS)
+    pickled = (folder / PICKLE).exists() and not (folder / WEIGHTS).exists()
+    files = (folder / CONFIG, folder / (PICKLE if pickled else WEIGHTS))
+    factors, metadata = open_factors(files[1])
     return Adapter(
         path=folder,
         format="PEFT",

@@ -94,12 +94,19 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 def read_config(path: Path) -> PeftConfig:
     """Parse and check the file. Raises AdapterError naming the field that can't be honoured."""
     try:
-        content = path.read_bytes()
-        fields = msgspec.json.decode(content, type=dict[str, Any])
-        config = msgspec.json.decode(content, type=PeftConfig)
+        return parse_config(path, path.read_bytes())
     except FileNotFoundError as error:
         raise AdapterError(f"{path}: no such file; expected a PEFT adapter (adapter_config.json and adapter_model.safetensors)") from error
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise AdapterError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def parse_config(path: Path, content: bytes) -> PeftConfig:
+    """Check the JSON ``content``, found in the file ``path``. Raises AdapterError naming the field that can't be honoured."""
+    try:
+        fields = msgspec.json.decode(content, type=dict[str, Any])
+        config = msgspec.json.decode(content, type=PeftConfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path}: not a PEFT LoRA configuration ({error}); save the adapter again with save_pretrained") from error
     _refuse_other_maths(path, fields)
     _refuse_bad_values(path, config)

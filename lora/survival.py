@@ -37,14 +37,9 @@ def survival(merged: Merged) -> Survival | None:
         return None
     base = merged.base.astype(np.float32, copy=False)
     lost, update = _norm(merged.stored.astype(np.float32, copy=False) - merged.exact), _norm(merged.exact - base)
-    unchanged = np.count_nonzero(_bits(merged.stored) == _bits(merged.base)) / merged.base.size if merged.stored.dtype == merged.base.dtype else 0.0
-    return Survival(merged.parameter, merged.stored.dtype.name, lost / update if update else 0.0, float(unchanged))
+    return Survival(merged.parameter, merged.stored.dtype.name, lost / update if update else 0.0, merged.unchanged / merged.stored.size)
 
 
 def _norm(values: Array) -> float:
     flat = values.reshape(-1)
     return float(np.sqrt(np.dot(flat, flat)))
-
-
-def _bits(values: Array) -> Array:
-    return values.view(np.dtype(f"u{values.dtype.itemsize}"))
