@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from engines.backends import Model, Session
     from exporter.bundle.manifest import Bundle
 
-app = typer.Typer(name="lorafuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Ship LoRA-tuned models.")
+HELP = """Ship LoRA-tuned models.
+
+Example: lorafuse export MiniLM adapters/movies --task movies --out bundle"""
+app = typer.Typer(name="lorafuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 app.add_typer(exporter_app)
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
@@ -84,6 +87,8 @@ def verify(
 
     opened = open_bundle(bundle)
     lines = [line for line in _read_texts(texts) if line.strip()]
+    if not lines:
+        raise LorafuseError(f"{texts}: holds no text; expected a text a line")
     graph, encoder = opened.graph(opened.task(task)), TextEncoder(opened)
     batches = [encoder.encode(lines[start : start + 8], graph) for start in range(0, len(lines), 8)]
     with progress(f"verify {task}"):
@@ -165,6 +170,7 @@ def run(
     from engines.text import TextEncoder, predictions
     from exporter.bundle.manifest import open_bundle
 
+    _check_utf8(text)
     opened = open_bundle(bundle)
     record = opened.task(task)
     inputs = TextEncoder(opened).encode(text, opened.graph(record))
@@ -184,7 +190,7 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
     except usage_error as error:
-        print_error(f"{error.format_message()} (see lorafuse --help)")
+        print_error(f"{error.format_message() or 'no command given'} (see lorafuse --help)")
         status = BAD_INPUT
     except LorafuseError as error:
         print_error(str(error))
@@ -219,6 +225,15 @@ def _read_texts(path: Path | None) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LorafuseError(f"{path}: can't be read as UTF-8 text ({error}); expected a text a line") from error
+
+
+def _check_utf8(texts: list[str]) -> None:
+    """Arguments may hold bytes that are no UTF-8, which Python keeps as lone surrogates."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise LorafuseError(f"--text {text!r}: can't be read as UTF-8 text ({error.reason})") from error
 
 
 def _write_report(path: Path, content: dict[str, Any]) -> None:

@@ -32,12 +32,16 @@ class Factors:
         """All keys, in order."""
         return sorted(self._tensors)
 
+    def spelling(self, key: str) -> str:
+        """``key`` as the file spells it."""
+        return self._spelled.get(key, key)
+
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 
     def take(self, key: str) -> Array:
         """The tensor ``key``, now consumed. Raises AdapterError when it is absent, not floating-point or not finite."""
-        spelled = self._spelled.get(key, key)
+        spelled = self.spelling(key)
         if key not in self._tensors:
             raise AdapterError(f"{self.path}: tensor '{spelled}' is missing; the file is incomplete, save it again")
         values = self._tensors[key]
@@ -52,7 +56,7 @@ class Factors:
         """The scalar ``key``, now consumed; where there is none, ``rank``, so that the scaling is 1. Trainers store whole numbers too."""
         if key not in self._tensors:
             return float(rank)
-        values, spelled = self._tensors[key], self._spelled.get(key, key)
+        values, spelled = self._tensors[key], self.spelling(key)
         if values.size != 1 or values.dtype.kind not in "fViu" or not np.isfinite(alpha := float(values.astype(np.float64).item())):
             raise AdapterError(f"{self.path}: tensor '{spelled}' of dtype {values.dtype} and shape {values.shape} is no alpha; expected one finite number")
         self._left.discard(key)
@@ -62,16 +66,17 @@ class Factors:
         """A and B of a module; ``rank`` is what the configuration says of both (None: it says nothing)."""
         a, b = self.take(key_a), self.take(key_b)
         declared = rank if rank is not None else (a.shape[0] if a.ndim else 0)
-        if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != declared or b.shape[1] != declared or 0 in (*a.shape, *b.shape) or set(b.shape[2:]) - {1}:
+        if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != declared or b.shape[1] != declared or 0 in (*a.shape, *b.shape):
             said = f"the configuration says rank {rank}" if rank is not None else "their ranks differ"
             raise AdapterError(f"{self.path}: module '{module}' has factors A {a.shape} and B {b.shape}, but {said}; the files do not belong together")
+        if set(b.shape[2:]) - {1}:
+            raise AdapterError(f"{self.path}: module '{module}' has a second convolution B {b.shape}; only one with a kernel of extent 1 can be merged")
         return a, b
 
     def done(self) -> None:
         """Raises AdapterError when a tensor was not taken."""
         if self._left:
-            left = min(self._left)
-            raise AdapterError(f"{self.path}: tensor '{self._spelled.get(left, left)}' belongs to no layer that is understood here; merging would drop it")
+            raise AdapterError(f"{self.path}: tensor '{self.spelling(min(self._left))}' belongs to no layer that is understood here; merging would drop it")
 
 
 def open_factors(path: Path) -> tuple[Factors, dict[str, str]]:
