@@ -5,6 +5,7 @@ With float32 this is the merge; with float64 it is the oracle that a stored merg
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,29 @@ def delta(update: LowRank, shape: tuple[int, ...], dtype: Float = np.float32) ->
             return np.asarray((b @ a).reshape(shape) * scaling)
         case "experts":
             return _experts(a, b, shape, scaling)
+
+
+def error_bound(change: Change, tensor: Array) -> Array:
+    """How far float32 may be from the exact result, elementwise: n roundings cost at most n epsilons of what is added up.
+
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1. A replaced value is exact.
+    """
+    epsilon = float(np.finfo(np.float32).eps)
+    match change:
+        case LowRank():
+            positive = replace(change, a=np.abs(change.a), b=np.abs(change.b), scaling=abs(change.scaling))
+            product = delta(positive, tensor.shape, np.float64)
+            result = np.abs(changed(change, tensor, np.float64))
+            bound = (change.rank + 2) * product + result
+            if change.magnitude is not None:
+                added = np.abs(changed(replace(change, magnitude=None), tensor, np.float64))
+                bound = bound * result / np.maximum(added, np.finfo(np.float64).tiny) + tensor.size / tensor.shape[0] * result
+            return np.asarray(epsilon * bound)
+        case Increment():
+            return np.asarray(epsilon * (np.abs(tensor) + 2 * abs(change.scaling) * np.abs(change.value)))
+        case Blend():
+            return np.sum([abs(weight) * error_bound(update, tensor) for weight, update in zip(change.weights, change.updates, strict=True)], axis=0)
+    return np.zeros(tensor.shape)
 
 
 def _experts(a: Array, b: Array, shape: tuple[int, ...], scaling: Any) -> Array:
