@@ -74,7 +74,7 @@ def _with_layout(adapter: Adapter, update: LowRank, shape: tuple[int, ...]) -> L
             if shape == readings[update.layout]:
                 return update
             for layout, expected in readings.items():
-                if shape == expected and update.parameters == ("weight",):
+                if shape == expected:
                     return replace(update, layout=layout)  # type: ignore[arg-type]  # the keys are layouts
             raise _misfit(adapter, update.module, shape, (readings[update.layout],))
         case "conv":

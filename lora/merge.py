@@ -80,9 +80,9 @@ def check_base(adapter: Adapter, base_sha256: str) -> None:
 
 def _merge_one(base: Mapping[str, Array], parameter: str, changes: Sequence[Change], dtypes: Dtypes) -> Merged:
     before = base.get(parameter)
-    exact = apply(changes, before)
-    stored_as = dtypes.get(parameter) or (before.dtype if before is not None else exact.dtype)
-    with np.errstate(over="ignore"):  # an overflow is found, and named, in the result
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is found, and named, in the result
+        exact = apply(changes, before)
+        stored_as = dtypes.get(parameter) or (before.dtype if before is not None else exact.dtype)
         stored = exact.astype(stored_as, copy=False)
     return Merged(parameter, stored, exact, before, _equal_bits(stored, before))
 

@@ -127,7 +127,8 @@ class TensorWriter:
     def __init__(self, path: Path, expected: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> None:
         self._header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
         total = sum(_size(dtype, shape) for dtype, shape in expected.values())
-        room = {name: _entry(np.dtype(np.float32), shape, total * 8, total * 8) for name, (_, shape) in expected.items()}
+        longest = np.dtype(np.bool_)  # no dtype has a longer name in the format
+        room = {name: _entry(longest, shape, total * 8, total * 8) for name, (_, shape) in expected.items()}
         self._room = len(_encoded({**self._header, **room}, 0))
         self._file: BinaryIO = path.open("wb")
         self._file.write(bytes(8 + self._room))
@@ -145,8 +146,10 @@ class TensorWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._file as file:
             if kind is None:
+                encoded = _encoded(self._header, self._room)
+                assert len(encoded) == self._room, "a tensor came that was not expected"
                 file.seek(8)
-                file.write(_encoded(self._header, self._room))
+                file.write(encoded)
                 file.flush()
                 os.fsync(file.fileno())
                 file.seek(0)
