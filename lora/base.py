@@ -125,14 +125,15 @@ def _declared(path: Path, config: Mapping[str, Any]) -> str | None:
     for side_file, method in SIDE_FILES.items():
         if (path / side_file).is_file():
             raise _refusal(path / side_file, method)
+    declared = None
     for key, entry in _quantizations(config):
         method = str(entry.get("quant_method") or (BITSANDBYTES if "load_in_4bit" in entry or "load_in_8bit" in entry else "not named"))
         if method != BITSANDBYTES:
             raise _refusal(path / CONFIG, method, f" in {key}")
         if entry.get("load_in_8bit"):
             raise _refusal(path / CONFIG, "bitsandbytes 8-bit", f" in {key}")
-        return BITSANDBYTES
-    return None
+        declared = BITSANDBYTES
+    return declared
 
 
 def _quantizations(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

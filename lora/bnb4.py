@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
+from lora.checkpoint import Checkpoint
 from lora.errors import CheckpointError
 from lora.tensorfile import Array, numpy_dtype
 
@@ -34,13 +35,11 @@ PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 PIECE = 1 << 20  # elements dequantized at a time; a multiple of every block size
 # What the codes stand for. nf4: quantiles of the normal distribution (QLoRA, appendix E). fp4: sign, two exponent bits, one
 # mantissa bit, scaled to [-1, 1]. bitsandbytes takes these whatever a file's quant_map holds, so a file must hold these.
+_NF4_BELOW = (-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0)
+_NF4_ABOVE = (0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0)
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 CODES: dict[str, Array] = {
-    "nf4": np.array(
-        [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
-        + [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0],
-        np.float32,
-    ),
+    "nf4": np.array((*_NF4_BELOW, *_NF4_ABOVE), np.float32),
     "fp4": np.array([sign * value / 12 for sign in (1, -1) for value in _FP4], np.float32),
 }
 
@@ -78,20 +77,21 @@ class Bnb4(Mapping[str, Array]):
 
     def __init__(self, stored: Mapping[str, Array], path: Path) -> None:
         self._stored = stored
-        self._path = path
         self.states = {name.partition(MARK)[0]: _state(path, name, stored[name]) for name in stored if MARK in name}
         for name, state in self.states.items():
             _check(path, name, state, stored)
-        self._names = {name: None for name in stored if not self._is_part(name)}
+        parts = {name + part for name in self.states for part in PARTS}
+        self._names = {name: None for name in stored if name not in parts and MARK not in name}
+        _check_owned(path, self._names)
 
     def __getitem__(self, name: str) -> Array:
-        if self._is_part(name):
+        if name not in self:
             raise KeyError(name)
         state = self.states.get(name)
         return self._stored[name] if state is None else _dequantized(state, name, self._stored)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._stored and not self._is_part(name)
+        return name in self._names or name in self.tied
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -99,17 +99,14 @@ class Bnb4(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """{an output embedding that is stored as the input's: that one's name}; found, not listed, as in a Checkpoint."""
+        return self._stored.tied if isinstance(self._stored, Checkpoint) else {}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a weight, without dequantizing it."""
         return self.states[name].shape if name in self.states else self._stored[name].shape
-
-    def _is_part(self, name: str) -> bool:
-        owner, _, part = name.rpartition(".")
-        if MARK in name:
-            return True
-        if f".{part}" in PARTS and owner not in self.states and owner in self._stored:
-            raise CheckpointError(f"{self._path}: '{owner}' has a {part} but no quant state ('{owner}{MARK}nf4'); save the base again")
-        return f".{part}" in PARTS and owner in self.states
 
 
 def is_bnb4(names: Mapping[str, Any]) -> bool:
@@ -140,14 +137,20 @@ def _check(path: Path, name: str, state: QuantState, stored: Mapping[str, Array]
                 f"{path}: '{name + part}' is {tensor.dtype} {tensor.shape}, but a {state.quant_type} weight of shape {state.shape} "
                 f"in blocks of {state.blocksize} needs {dtype} ({size},); save the base again"
             )
-    packed = stored.get(name)
-    if packed is None or packed.nbytes != (state.elements + 1) // 2 or packed.shape[1:] != (1,):
+    packed, size = stored.get(name), (state.elements + 1) // 2
+    if packed is None or packed.nbytes != size or packed.shape[1:] != (1,):
         found = "missing" if packed is None else f"{packed.dtype} {packed.shape}"
-        raise CheckpointError(
-            f"{path}: '{name}' is {found}, but a weight of shape {state.shape} needs ({(state.elements + 1) // 2}, 1) bytes of packed codes; save the base again"
-        )
+        raise CheckpointError(f"{path}: '{name}' is {found}, but a weight of shape {state.shape} is {size} bytes of codes in one column; save the base again")
     if not np.allclose(stored[f"{name}.quant_map"], CODES[state.quant_type], rtol=0, atol=1e-6):
         raise CheckpointError(f"{path}: '{name}.quant_map' is not {state.quant_type}'s; the weights can't be told")
+
+
+def _check_owned(path: Path, names: Mapping[str, Any]) -> None:
+    """A weight with scales and no quant state would pass for dense bytes."""
+    for name in names:
+        owner, _, part = name.rpartition(".")
+        if f".{part}" in PARTS and owner in names:
+            raise CheckpointError(f"{path}: '{owner}' has a tensor {part} but no quant state ('{owner}{MARK}nf4'); save the base again")
 
 
 def _layout(state: QuantState) -> dict[str, tuple[np.dtype[Any], int]]:

@@ -48,21 +48,20 @@ class GgufBase(Mapping[str, Array]):
 
     def __init__(self, path: Path) -> None:
         reader = _open(path)
-        self._path = path
         _check_kind(path, reader)
         self._heads = _heads(path, reader)
         self._tensors = _by_parameter(path, reader.tensors)
         _check_complete(path, self._tensors, _number(path, reader, "llama.block_count"))
+        for name in self._tensors:
+            self._check_heads(path, name)
         counts = Counter(tensor.tensor_type.name for tensor in self._tensors.values())
         self.quantized = tuple(name for name, _ in counts.most_common() if name not in PLAIN)
         self.tied = {} if OUTPUT_EMBEDDING in self._tensors else {OUTPUT_EMBEDDING: EMBEDDING}
 
     def __getitem__(self, name: str) -> Array:
         values = _values(self._tensors[self.tied.get(name, name)])
-        for projection, heads in self._heads.items():
-            if f".{projection}." in name:
-                return _halves(values, heads)
-        return values
+        heads = self._reordered(name)
+        return _halves(values, heads) if heads else values
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors or name in self.tied
@@ -77,6 +76,15 @@ class GgufBase(Mapping[str, Array]):
         """The shape of a parameter, without dequantizing it. (GGUF lists the dimensions innermost first.)"""
         return tuple(int(size) for size in reversed(self._tensors[self.tied.get(name, name)].shape))
 
+    def _reordered(self, name: str) -> int:
+        """How many heads' rows are in another order in this parameter: of a query or key projection's; else 0."""
+        return self._heads.get(name.split(".")[-2], 0)
+
+    def _check_heads(self, path: Path, name: str) -> None:
+        heads, rows = self._reordered(name), self.shape(name)[0]
+        if heads and rows % (2 * heads):
+            raise CheckpointError(f"{path}: '{name}' has {rows} rows, which {heads} heads don't divide into pairs; fetch or convert the file again")
+
 
 def _open(path: Path) -> Any:
     try:
@@ -87,13 +95,13 @@ def _open(path: Path) -> Any:
         return gguf.GGUFReader(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; expected a GGUF file") from error
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, OSError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole GGUF file ({error}); fetch or convert it again") from error
 
 
 def _check_kind(path: Path, reader: Any) -> None:
     """One whole Llama in this machine's byte order, every tensor of a type that can be dequantized."""
-    architecture, kind, parts = (_field(reader, key) for key in ("general.architecture", "general.type", "split.count"))
+    architecture, kind, parts = (_field(path, reader, key) for key in ("general.architecture", "general.type", "split.count"))
     if architecture != ARCHITECTURE:
         raise CheckpointError(f"{path}: general.architecture is '{architecture}'; only '{ARCHITECTURE}' is read from GGUF: give the base as safetensors")
     if kind not in (None, "model"):
@@ -118,13 +126,16 @@ def _can_dequantize(tensor_type: Any) -> bool:
     return True
 
 
-def _field(reader: Any, key: str) -> Any:
+def _field(path: Path, reader: Any, key: str) -> Any:
     field = reader.get_field(key)
-    return None if field is None else field.contents()
+    try:
+        return None if field is None else field.contents()
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{path}: {key} can't be read ({error}); fetch or convert the file again") from error
 
 
 def _number(path: Path, reader: Any, key: str, default: int | None = None) -> int:
-    value = _field(reader, key)
+    value = _field(path, reader, key)
     if value is None and default is not None:
         return default
     if not isinstance(value, int) or value < 1:

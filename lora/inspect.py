@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora.adapter import Adapter, Change, Increment, LowRank, Replacement
+from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows
 from lora.base import open_base
 from lora.errors import LorafuseError
 from lora.fit import fit
@@ -75,8 +75,10 @@ def _row(change: Change, tensor: str | None) -> Row:
             return Row(change.module, "bias", None, change.scaling, _shape(change.value), tensor)
         case Replacement():
             return Row(change.parameter, "replaced", None, 1.0, _shape(change.value), tensor)
-    values = change.values if hasattr(change, "values") else change.updates[0].b
-    return Row(getattr(change, "module", ""), "trained rows", None, 1.0, _shape(values), tensor)
+        case Rows():
+            return Row(change.module, "trained rows", None, 1.0, _shape(change.values), tensor)
+        case Blend():
+            raise AssertionError("a blend is made of several adapters and stands in no file")
 
 
 def _shape(values: Array) -> str:

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from lora.checkpoint import Checkpoint
+from lora.base import open_base
 from lora.errors import AdapterError, CheckpointError
 from lora.fit import changes_by_parameter
 from lora.merged_checkpoint import Storing, Written, write_merged
@@ -48,8 +48,8 @@ def adapter(base: Path, folder: Path, scale: float = 0.2, **config) -> peft.Peft
 
 
 def write(base: Path, adapter_folder: Path, out: Path, storing: Storing = Storing()) -> Written:
-    checkpoint = Checkpoint(base)
-    return write_merged(checkpoint, changes_by_parameter(checkpoint, read_peft(adapter_folder)), adapter_folder, out, storing)
+    opened = open_base(base)
+    return write_merged(opened, changes_by_parameter(opened.tensors, read_peft(adapter_folder)), adapter_folder, out, storing)
 
 
 def bits(model: torch.nn.Module) -> dict[str, bytes]:
@@ -199,7 +199,7 @@ COMMON = """
 import os, random, resource, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
-from lora.checkpoint import Checkpoint
+from lora.base import open_base
 from lora.errors import LorafuseError
 from lora.fit import changes_by_parameter
 from lora.merged_checkpoint import Storing, write_merged
@@ -207,8 +207,8 @@ from lora.peft import read_peft
 from lora.tensorfile import TensorFile
 storing, base, adapter, out = eval(sys.argv[1]), *map(Path, sys.argv[2:])
 def merge(out):
-    checkpoint = Checkpoint(base)
-    return write_merged(checkpoint, changes_by_parameter(checkpoint, read_peft(adapter)), adapter, out, storing)
+    opened = open_base(base)
+    return write_merged(opened, changes_by_parameter(opened.tensors, read_peft(adapter)), adapter, out, storing)
 """
 LIMITED = (
     COMMON
