@@ -112,4 +112,5 @@ class Adapter:
     def replaced(self) -> dict[str, Array]:
         """The tensors that the adapter brings whole, by parameter name: a trained head, saved biases."""
         return {change.parameter: change.value for change in self.changes if isinstance(change, Replacement)}
+
     skipped: tuple[str, ...] = ()

@@ -102,7 +102,7 @@ def inspect(
     if as_json:
         print_json(asdict(found))
     else:
-        rows = [(row.module, row.kind, f"{row.rank}" if row.rank else "", f"{row.scaling:g}" if row.rank else "", row.shape, row.tensor or "?") for row in found.rows]
+        rows = [(row.module, row.kind, str(row.rank or ""), f"{row.scaling:g}" if row.rank else "", row.shape, row.tensor or "?") for row in found.rows]
         title = f"{adapter}: {found.format or 'not readable'}, {len(found.rows)} changes, {megabytes(found.size)}"
         print_table(title, ("module", "change", "rank", "scaling", "shape", "changes"), rows)
         print(found.verdict)
@@ -135,7 +135,8 @@ def _options(alpha: float | None, component: str | None, enable_lora: str | None
 def _print_written(written: Written) -> None:
     worst = sorted(written.survivals, key=lambda survival: -survival.lost)[:10]
     rows = [(s.parameter, s.dtype, f"{s.lost:.2%}", f"{s.unchanged:.2%}", "LOST TO ROUNDING" if s.warns else "") for s in worst]
-    print_table(f"{written.folder}: {len(written.changed)} tensors changed; the worst in rounding", ("tensor", "stored as", "update lost", "weights unchanged", ""), rows)
+    title = f"{written.folder}: {len(written.changed)} tensors changed; the worst in rounding"
+    print_table(title, ("tensor", "stored as", "update lost", "weights unchanged", ""), rows)
     print(f"formula: {written.formula}")
     if written.untied:
         print("the output embedding was tied to the input's; the two now differ, and config.json says so")

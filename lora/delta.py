@@ -75,7 +75,8 @@ def error_bound(change: Change, tensor: Array) -> Array:
         case Increment():
             return np.asarray(epsilon * (np.abs(tensor) + 2 * abs(change.scaling) * np.abs(change.value)))
         case Blend():
-            return np.sum([abs(weight) * error_bound(update, tensor) for weight, update in zip(change.weights, change.updates, strict=True)], axis=0)
+            bounds = [abs(weight) * error_bound(update, tensor) for weight, update in zip(change.weights, change.updates, strict=True)]
+            return np.asarray(np.sum(bounds, axis=0))
     return np.zeros(tensor.shape)
 
 

@@ -103,7 +103,8 @@ def _loralib_matrix(adapter: Adapter, update: LowRank, shape: tuple[int, ...]) -
         raise _misfit(adapter, update.module, shape, ((out_features, in_features), (in_features, out_features)), hint)
     if update.square is None:
         raise AdapterError(
-            f"{adapter.path}: the weight of '{update.module}' is square and the file does not say whether it is stored (out, in) or (in, out); give fan_in_fan_out"
+            f"{adapter.path}: the weight of '{update.module}' is square, and the file does not say whether it is stored (out, in) or (in, out); "
+            "give fan_in_fan_out"
         )
     return replace(update, layout=update.square)
 

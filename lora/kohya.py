@@ -56,7 +56,9 @@ def read_kohya(path: Path, component: str | None = None) -> Adapter:
 def _component(path: Path, key: str) -> str:
     match = COMPONENT.match(key)
     if match is None:
-        raise AdapterError(f"{path}: tensor '{key}' belongs to no component; expected lora_unet_, lora_transformer_, lora_te_, lora_te1_, lora_te2_ or lora_te3_")
+        raise AdapterError(
+            f"{path}: tensor '{key}' belongs to no component; expected lora_unet_, lora_transformer_, lora_te_, lora_te1_, lora_te2_ or lora_te3_"
+        )
     return match[1]
 
 
@@ -65,7 +67,9 @@ def _changes(factors: Factors) -> tuple[LowRank, ...]:
         slot = key.partition(".")[2]
         for start, what in REFUSED.items():
             if slot.startswith(start):
-                raise AdapterError(f"{factors.path}: tensor '{factors.spelling(key)}' is part of {what}, which can't be merged here; convert the adapter to plain LoRA")
+                raise AdapterError(
+                    f"{factors.path}: tensor '{factors.spelling(key)}' is part of {what}, which can't be merged here; convert the adapter to plain LoRA"
+                )
     modules = [key.removesuffix(DOWN) for key in factors.names() if key.endswith(DOWN)]
     changes = tuple(_low_rank(factors, module) for module in modules)
     factors.done()

@@ -51,7 +51,8 @@ def merge(base: Mapping[str, Array], targets: Targets, source: object, dtypes: D
             yield merged
     if updated and not differing:
         raise AdapterError(
-            f"{source}: merging changes none of the {updated} target weights (lora_B is zero, or the update is lost in rounding); the result would be the base model"
+            f"{source}: merging changes none of the {updated} target weights (lora_B is zero, or the update is lost in rounding); "
+            "the result would be the base model"
         )
 
 

@@ -6,6 +6,7 @@ eight bytes, without which the file can't be read, are written last, after every
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 from lora.tensorfile import Array, TensorFile
 
 HEAD = 8  # bytes: the size of the header
-PIECE = 1 << 24  # bytes: what one system call copies where the kernel can't copy between the two files
+PIECE = 1 << 24  # bytes: what one system call copies
 
 
 class PatchedCopy:
@@ -95,17 +96,23 @@ def _ranges_between(source: TensorFile, free: set[str]) -> Iterator[tuple[int, i
 
 
 def _copy_range(source: int, target: int, start: int, end: int) -> None:
-    position = start
+    for position in range(start, end, PIECE):
+        length = min(PIECE, end - position)
+        _copy_piece(source, target, position, length)
+        # Starts writing the piece to the disk now, while the next is copied: the flush at the end then has little to wait for.
+        os.posix_fadvise(target, position, length, os.POSIX_FADV_DONTNEED)
+
+
+def _copy_piece(source: int, target: int, position: int, length: int) -> None:
+    done = 0
     try:
-        while position < end:
-            position += os.copy_file_range(source, target, end - position, position, position)
-    except OSError:
-        if position > start:
+        while done < length:
+            done += os.copy_file_range(source, target, length - done, position + done, position + done)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        while position < end:  # the two files lie on file systems between which the kernel can't copy
-            piece = os.pread(source, min(PIECE, end - position), position)
-            _write_all(target, memoryview(piece), position)
-            position += len(piece)
+        # The two files lie on file systems between which the kernel can't copy.
+        _write_all(target, memoryview(os.pread(source, length, position)), position)
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora.errors import AdapterError
 from lora.tensorfile import Array, numpy_dtype
 
@@ -57,7 +59,7 @@ def _array(torch: Any, path: Path, name: str, value: Any) -> Array:
     values = value.detach()
     try:
         if values.dtype == torch.bfloat16:
-            return values.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
-        return values.numpy()
+            return np.asarray(values.view(torch.int16).numpy().view(numpy_dtype("bfloat16")))
+        return np.asarray(values.numpy())
     except (RuntimeError, TypeError) as error:  # sparse, quantised, without data
         raise AdapterError(f"{path}: tensor '{name}' ({values.dtype}, {values.layout}) has no plain values; save the adapter in a dense float type") from error

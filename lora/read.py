@@ -58,12 +58,14 @@ def read_adapter(path: Path, options: ReadOptions = ReadOptions()) -> Adapter:
     found = _format(path, file)
     given = {field.name for field in fields(options) if getattr(options, field.name) is not None}
     if given - APPLIES[found]:
-        raise AdapterError(f"{path}: the option {min(given - APPLIES[found])} is not for a {found} adapter, which says it itself or has no use for it; leave it out")
+        raise AdapterError(
+            f"{path}: the option {min(given - APPLIES[found])} is not for a {found} adapter, which says it itself or has no use for it; leave it out"
+        )
     match found:
         case "PEFT":
             return peft.read_peft(path)
         case "diffusers":
-            return diffusers.read_diffusers(path, options.component)
+            return diffusers.read_diffusers(file, options.component)
         case "kohya":
             return read_kohya(file, options.component)
         case "loralib":
@@ -71,11 +73,13 @@ def read_adapter(path: Path, options: ReadOptions = ReadOptions()) -> Adapter:
 
 
 def _tensors_of(path: Path) -> Path:
-    """The file with the tensors: ``path``, or the only one in that folder. A PEFT folder is its own."""
+    """The file with the tensors: ``path``, or that folder's, by diffusers' name for it or as the only one. A PEFT folder is its own."""
     if not path.exists():
         raise AdapterError(f"{path}: no such file or folder; expected {UNDERSTOOD}")
     if path.is_file() or (path / peft.CONFIG).exists():
         return path
+    if (path / diffusers.WEIGHTS).exists():
+        return path / diffusers.WEIGHTS
     files = sorted(file for file in path.iterdir() if file.suffix in TENSOR_SUFFIXES)
     if len(files) != 1:
         seen = ", ".join(file.name for file in files) or "no tensors"

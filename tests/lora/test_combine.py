@@ -86,7 +86,9 @@ def test_one_adapter_of_weight_one_is_as_it_was():
     np.testing.assert_array_equal(merged(Weighted(adapter(1)), blending=Blending("ties")), merged(Weighted(adapter(1))))
 
 
-@pytest.mark.parametrize("weighted", [[Weighted(adapter(1, magnitude=np.ones(6, np.float32)), 0.5)], [Weighted(adapter(1, magnitude=np.ones(6, np.float32))), Weighted(adapter(2))]])
+@pytest.mark.parametrize(
+    "weighted", [[Weighted(adapter(1, magnitude=np.ones(6, np.float32)), 0.5)], [Weighted(adapter(1, magnitude=np.ones(6, np.float32))), Weighted(adapter(2))]]
+)
 def test_dora_with_a_weight_or_with_others_is_refused(weighted: list[Weighted]):
     with pytest.raises(AdapterError, match="adapter-1: a DoRA adapter can't be weighted or combined"):
         combined(BASE, weighted, Blending())
@@ -94,7 +96,7 @@ def test_dora_with_a_weight_or_with_others_is_refused(weighted: list[Weighted]):
 
 def test_two_heads_of_one_name_are_refused_unless_they_are_equal():
     ones = Replacement("head.weight", np.ones(2, np.float32))
-    with pytest.raises(AdapterError, match="'head.weight' is replaced by adapter-1 too"):
+    with pytest.raises(AdapterError, match=r"'head\.weight' is replaced by adapter-1 too"):
         combined(BASE, [Weighted(adapter(1, ones)), Weighted(adapter(2, replace(ones, value=np.zeros(2, np.float32))))], Blending())
     assert combined(BASE, [Weighted(adapter(1, ones)), Weighted(adapter(2, ones))], Blending())["head.weight"] == [ones]
 

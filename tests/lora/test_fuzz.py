@@ -36,7 +36,16 @@ def base() -> dict[str, np.ndarray]:
 def sound() -> tuple[dict, dict]:
     """The configuration and the tensors before anything was damaged."""
     rng = np.random.default_rng(1)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none", "modules_to_save": ["head"]}
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "modules_to_save": ["head"],
+    }
     tensors = {"base_model.model.head.weight": rng.normal(size=(2, 6)).astype(np.float32)}
     for module in MODULES:
         tensors[f"base_model.model.{module}.lora_A.weight"] = rng.normal(size=(4, 10)).astype(np.float32)
@@ -45,7 +54,17 @@ def sound() -> tuple[dict, dict]:
 
 
 def damage_config(chance: random.Random, config: dict) -> str:
-    fields = [*config, "use_dora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens", "layer_replication", "target_parameters", "new_field", "init_lora_weights"]
+    fields = [
+        *config,
+        "use_dora",
+        "lora_bias",
+        "fan_in_fan_out",
+        "alora_invocation_tokens",
+        "layer_replication",
+        "target_parameters",
+        "new_field",
+        "init_lora_weights",
+    ]
     fields += ["trainable_token_indices", "lora_dropout", "task_type"]
     for _ in range(chance.randint(1, 2)):
         config[chance.choice(fields)] = copy.deepcopy(chance.choice(JUNK))
@@ -111,7 +130,10 @@ def formula(folder: Path, base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         pair = [tensors.get(f"base_model.model.{module}.lora_{factor}.weight") for factor in "AB"]
         if pair[0] is None:
             continue
-        rank, alpha = ((config.get(f"{what}_pattern") or {}).get("q" if module.endswith("q") else "", config[key]) for what, key in (("rank", "r"), ("alpha", "lora_alpha")))
+        rank, alpha = (
+            (config.get(f"{what}_pattern") or {}).get("q" if module.endswith("q") else "", config[key])
+            for what, key in (("rank", "r"), ("alpha", "lora_alpha"))
+        )
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         merged[f"{module}.weight"] += scaling * pair[1].astype(np.float64) @ pair[0].astype(np.float64)
     return merged

@@ -32,7 +32,9 @@ def llama() -> transformers.LlamaForCausalLM:
 def save(folder: Path, model: torch.nn.Module, **config) -> peft.PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | config)).eval()
+        wrapped = peft.get_peft_model(
+            copy.deepcopy(model), peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | config)
+        ).eval()
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
                 if "lora_B" in name:

@@ -85,7 +85,6 @@ def test_only_changed_holds_exactly_the_tensors_that_differ(tmp_path: Path):
     assert {name: file[name].tobytes() for name in file} == {name: theirs[name] for name in file}
 
 
-
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_update_of_one_of_two_tied_embeddings_unties_them(target: str, tmp_path: Path):
     base = llama(tmp_path / "base", dtype=torch.float32)
@@ -158,7 +157,9 @@ def test_a_folder_that_is_taken_is_not_touched(tmp_path: Path):
 def test_a_full_disk_leaves_nothing_behind(storing: str, tmp_path: Path):
     base = llama(tmp_path / "base")
     adapter(base, tmp_path / "adapter")
-    done = subprocess.run([sys.executable, "-c", LIMITED, storing, *map(str, (base, tmp_path / "adapter", tmp_path / "out"))], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, storing, *map(str, (base, tmp_path / "adapter", tmp_path / "out"))], capture_output=True, text=True, check=False
+    )
     assert "can't be written (File too large); nothing was left there" in done.stdout, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
@@ -180,7 +181,9 @@ def test_memory_follows_the_largest_tensor_and_not_the_base(tmp_path: Path):
     index = json.loads((base / "model.safetensors.index.json").read_text())
     index["weight_map"] |= dict.fromkeys(padding, "model-padding.safetensors")
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    done = subprocess.run([sys.executable, "-c", MEASURED, "Storing()", *map(str, (base, tmp_path / "adapter", tmp_path / "out"))], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, "Storing()", *map(str, (base, tmp_path / "adapter", tmp_path / "out"))], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 200_000, "kB of resident memory"
 
 
