@@ -52,11 +52,11 @@ class GgufBase(Mapping[str, Array]):
         self._heads = _heads(path, reader)
         self._tensors = _by_parameter(path, reader.tensors)
         _check_complete(path, self._tensors, _number(path, reader, "llama.block_count"))
-        for name in self._tensors:
-            self._check_heads(path, name)
         counts = Counter(tensor.tensor_type.name for tensor in self._tensors.values())
         self.quantized = tuple(name for name, _ in counts.most_common() if name not in PLAIN)
         self.tied = {} if OUTPUT_EMBEDDING in self._tensors else {OUTPUT_EMBEDDING: EMBEDDING}
+        for name in self._tensors:
+            self._check_heads(path, name)
 
     def __getitem__(self, name: str) -> Array:
         values = _values(self._tensors[self.tied.get(name, name)])
