@@ -61,8 +61,9 @@ def _add_branch(graph: onnx.GraphProto, parameter: str, update: Change) -> None:
     readers = [(index, node) for index, node in enumerate(graph.node) if parameter in node.input]
     for index, node in reversed(readers):
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        if node.op_type not in READERS or node.input[1] != parameter or attributes.get("transA"):
-            raise ExportError(f"'{parameter}' is read by a {node.op_type}; the unmerged arm knows {' and '.join(READERS)} only")
+        plain = node.op_type in READERS and node.input[1] == parameter and not attributes.get("transA") and attributes.get("alpha", 1.0) == 1.0
+        if not plain:
+            raise ExportError(f"'{parameter}' is read by a {node.op_type} in a way that has no unmerged arm; expected x · W by {' or '.join(READERS)}")
         for position, branch in enumerate(_branch(node, update)):
             graph.node.insert(index + 1 + position, branch)
     dtype = next(tensor.data_type for tensor in graph.initializer if tensor.name == parameter)

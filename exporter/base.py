@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,10 @@ def skeleton(folder: Path, head: Head) -> Any:
     """The torch model of ``folder``'s config.json with ``head``: randomly initialised, float32, in evaluation mode."""
     import torch
 
-    transformers = _transformers()
-    config = transformers.AutoConfig.from_pretrained(folder, **_config_changes(head))
-    return _auto_class(head).from_config(config, dtype=torch.float32).eval()
+    transformers, auto_class = _transformers(), _auto_class(head)
+    with _refusing(f"{folder}: transformers {transformers.__version__} can't make a {head.task_type} model of this base"):
+        config = transformers.AutoConfig.from_pretrained(folder, **_config_changes(head))
+        return auto_class.from_config(config, dtype=torch.float32).eval()
 
 
 def base_weights(folder: Path, head: Head, replaced: Iterable[str]) -> Mapping[str, Array]:
@@ -45,18 +48,18 @@ def base_weights(folder: Path, head: Head, replaced: Iterable[str]) -> Mapping[s
     """
     import torch
 
-    transformers = _transformers()
-    try:
-        model, loading = _auto_class(head).from_pretrained(
+    transformers, auto_class = _transformers(), _auto_class(head)
+    replaced = set(replaced)
+    with _refusing(f"{folder}: transformers {transformers.__version__} can't load this base"):
+        model, loading = auto_class.from_pretrained(
             folder, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **_config_changes(head)
         )
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder}: transformers {transformers.__version__} can't load this base ({error})".splitlines()[0]) from error
     absent = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
-    untrained = sorted(absent - set(replaced))
+    untrained = sorted(absent - replaced)
     if untrained:
         raise ExportError(f"{folder}: '{untrained[0]}' is neither in the base nor in the adapter, so it would be random; give a base or an adapter that has it")
-    return {name: tensor.numpy() for name, tensor in model.state_dict().items() if name not in absent}
+    other_heads = set(filter(_of_head, replaced))
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items() if name not in absent | other_heads}
 
 
 def model_inputs(folder: Path) -> tuple[str, ...]:
@@ -71,19 +74,32 @@ def input_limits(folder: Path) -> tuple[int, int]:
 
     RoBERTa's positions start after the padding id, so its tokenizer's limit is below ``max_position_embeddings``.
     """
-    config = json.loads((folder / "config.json").read_bytes())
     tokenizer = folder / "tokenizer_config.json"
-    limit = json.loads(tokenizer.read_bytes()).get("model_max_length") if tokenizer.is_file() else None
-    longest = int(config.get("max_position_embeddings", 512))
-    return min(longest, int(limit)) if limit else longest, int(config["vocab_size"])
+    with _refusing(f"{folder}: config.json or tokenizer_config.json does not say the model's limits"):
+        config = json.loads((folder / "config.json").read_bytes())
+        limit = json.loads(tokenizer.read_bytes()).get("model_max_length") if tokenizer.is_file() else None
+        longest = int(config.get("max_position_embeddings", 512))
+        return min(longest, int(limit)) if limit else longest, int(config["vocab_size"])
 
 
 def check_config(folder: Path) -> None:
     """Raises ExportError unless transformers knows the model in ``folder``."""
-    try:
+    with _refusing(f"{folder / 'config.json'}: not a model that transformers knows"):
         _transformers().AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{folder / 'config.json'}: not a model that transformers knows ({error})".splitlines()[0]) from error
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """A failure inside becomes an ExportError that says ``what`` could not be done, and the cause, in one line."""
+    try:
+        yield
+    except Exception as error:  # transformers and safetensors raise classes of their own that share no root but Exception
+        raise ExportError(f"{what} ({textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder=' …')})") from error
+
+
+def _of_head(parameter: str) -> bool:
+    """Whether the parameter is of the head's last layer, which every task may have in a size of its own."""
+    return f".{parameter.rpartition('.')[0]}.weight".endswith(tuple(f".{weight}" for weight in HEAD_WEIGHTS))
 
 
 def _config_changes(head: Head) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -129,13 +130,15 @@ def _check_same_base(existing: Bundle | None, base_sha256: str) -> None:
 
 
 def _known_dense(existing: Bundle | None, head: Head) -> _Dense | None:
-    """The dense graph of a task in the bundle that has the same head."""
-    if existing is None:
+    """The dense graph of a task in the bundle that has the same head; none where a new trace must replace a damaged file."""
+    weights = _held_weights(existing) if existing else ()
+    if existing is None or len(weights) < len(existing.manifest.base.weights):
         return None
     for task in existing.manifest.tasks.values():
         graph = existing.graph(task)
         if graph.head == head:
-            return _Dense(graph, load_graph(existing.checked(task.model)), _held_weights(existing), added=(), traced=False)
+            with suppress(BundleError):
+                return _Dense(graph, load_graph(existing.checked(task.model)), weights, added=(), traced=False)
     return None
 
 
@@ -158,7 +161,12 @@ def _traced_dense(request: Request, head: Head, adapter: Adapter, existing: Bund
 
 
 def _held_weights(bundle: Bundle) -> tuple[TensorFile, ...]:
-    return tuple(TensorFile(bundle.checked(file)) for file in bundle.manifest.base.weights)
+    """The files of the base's weights, without damaged ones: an export writes those again."""
+    held = []
+    for file in bundle.manifest.base.weights:
+        with suppress(BundleError):
+            held.append(TensorFile(bundle.checked(file)))
+    return tuple(held)
 
 
 def _trace(base: Path, head: Head) -> tuple[Graph, onnx.ModelProto]:

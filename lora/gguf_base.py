@@ -56,7 +56,7 @@ class GgufBase(Mapping[str, Array]):
         self.quantized = tuple(name for name, _ in counts.most_common() if name not in PLAIN)
         self.tied = {} if OUTPUT_EMBEDDING in self._tensors else {OUTPUT_EMBEDDING: EMBEDDING}
         for name in self._tensors:
-            self._check_heads(path, name)
+            self._check_shape(path, name)
 
     def __getitem__(self, name: str) -> Array:
         values = _values(self._tensors[self.tied.get(name, name)])
@@ -80,10 +80,12 @@ class GgufBase(Mapping[str, Array]):
         """How many heads' rows are in another order in this parameter: of a query or key projection's; else 0."""
         return self._heads.get(name.split(".")[-2], 0)
 
-    def _check_heads(self, path: Path, name: str) -> None:
-        heads, rows = self._reordered(name), self.shape(name)[0]
-        if heads and rows % (2 * heads):
-            raise CheckpointError(f"{path}: '{name}' has {rows} rows, which {heads} heads don't divide into pairs; fetch or convert the file again")
+    def _check_shape(self, path: Path, name: str) -> None:
+        heads, shape = self._reordered(name), self.shape(name)
+        if 0 in shape or not shape:
+            raise CheckpointError(f"{path}: '{name}' has the shape {shape}; fetch or convert the file again")
+        if heads and shape[0] % (2 * heads):
+            raise CheckpointError(f"{path}: '{name}' has {shape[0]} rows, which {heads} heads don't divide into pairs; fetch or convert the file again")
 
 
 def _open(path: Path) -> Any:

@@ -20,7 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from demo_tasks import MOVIES, SUPERSENSE, base_model
 
 # What PEFT's save_pretrained writes into adapter_config.json, as far as the merge is concerned.
-CONFIG = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "modules_to_save": ["classifier", "score"]}
+CONFIG = {
+    "peft_type": "LORA",
+    "task_type": "SEQ_CLS",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["query", "value"],
+    "modules_to_save": ["classifier", "score"],
+}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 30522, "max_position_embeddings": 64}
 
 WriteAdapter = Callable[..., Path]
@@ -60,7 +67,9 @@ def write_adapter(tmp_path: Path) -> WriteAdapter:
     return lambda name="adapter", **changes: save_adapter(tmp_path / name, **changes)
 
 
-def save_adapter(folder: Path, *, seed: int = 0, outputs: int = 2, tensors: dict | None = None, config: dict | None = None, metadata: dict | None = None) -> Path:
+def save_adapter(
+    folder: Path, *, seed: int = 0, outputs: int = 2, tensors: dict | None = None, config: dict | None = None, metadata: dict | None = None
+) -> Path:
     random = np.random.default_rng(seed)
     width, rank = TINY["hidden_size"], CONFIG["r"]
     made = {"base_model.model.classifier.weight": random.normal(size=(outputs, width)), "base_model.model.classifier.bias": random.normal(size=outputs)}

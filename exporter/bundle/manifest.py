@@ -28,7 +28,8 @@ from lora.tensorfile import file_sha256
 SCHEMA = 1
 MANIFEST = "manifest.json"
 TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-RESERVED = frozenset({"base", "manifest", "adapters", "engines"})
+FOLDERS = ("adapters", "base", "engines")
+RESERVED = frozenset({"manifest", *FOLDERS})
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -133,12 +134,15 @@ class Bundle:
     def checked(self, file: File) -> Path:
         """The file's path, after its size and SHA-256 were compared. Raises BundleError when they differ."""
         path = self.path / file.path
-        if path.is_symlink() or not path.is_file():
-            raise BundleError(f"{path}: missing from the bundle; export the task again")
-        if path.stat().st_size != file.size:
-            raise BundleError(f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again")
-        if file_sha256(path) != file.sha256:
-            raise BundleError(f"{path}: content does not match the manifest's SHA-256; export the task again")
+        try:
+            if path.is_symlink() or not path.is_file():
+                raise BundleError(f"{path}: missing from the bundle; export the task again")
+            if path.stat().st_size != file.size:
+                raise BundleError(f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again")
+            if file_sha256(path) != file.sha256:
+                raise BundleError(f"{path}: content does not match the manifest's SHA-256; export the task again")
+        except OSError as error:
+            raise BundleError(f"{path}: can't be read ({error.strerror}); export the task again") from error
         return path
 
 
@@ -166,7 +170,7 @@ def all_files(manifest: Manifest) -> Iterator[File]:
 def check_task_name(name: str) -> None:
     """Raises BundleError unless ``name`` can stand at the head of a file name."""
     if not TASK_NAME.fullmatch(name) or name in RESERVED:
-        raise BundleError(f"task name '{name}' can't be used; expected lower-case letters, digits, '_', '.', '-', and none of {', '.join(sorted(RESERVED))}")
+        raise BundleError(f"task name {name!r} can't be used; expected lower-case letters, digits, '_', '.', '-', and none of {', '.join(sorted(RESERVED))}")
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -181,9 +185,10 @@ def _decode(path: Path) -> Manifest:
         if schema > SCHEMA:
             raise BundleError(f"{path}: schema {schema} is newer than this program reads ({SCHEMA}); update lorafuse")
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path}: not a bundle's manifest ({error}); export the tasks again") from error
-    _check_references(path, manifest)
+        _check_references(path, manifest)
+        _check_folders(path.parent, manifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{path}: not a bundle's manifest ({' '.join(str(error).split())}); export the tasks again") from error
     return manifest
 
 
@@ -195,8 +200,16 @@ def _check_references(path: Path, manifest: Manifest) -> None:
     for name, task in manifest.tasks.items():
         check_task_name(name)
         if task.graph not in manifest.graphs:
-            raise BundleError(f"{path}: task '{name}' names the graph {task.graph[:12]}…, which the manifest lacks; export the task again")
+            raise BundleError(f"{path}: task '{name}' names the graph {task.graph[:12]!r}…, which the manifest lacks; export the task again")
     for file in all_files(manifest):
         pure = PurePosixPath(file.path)
-        if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in file.path or "\0" in file.path:
-            raise BundleError(f"{path}: file path {file.path!r} leaves the bundle; refusing to follow it")
+        if pure.is_absolute() or ".." in pure.parts or pure.parts in ((), (MANIFEST,)) or "\\" in file.path or not file.path.isprintable():
+            raise BundleError(f"{path}: file path {file.path!r} leaves the bundle, is its manifest or can't be printed; refusing to follow it")
+
+
+def _check_folders(bundle: Path, manifest: Manifest) -> None:
+    """A folder that is a link would lead the reading, writing and removal of files out of the bundle."""
+    named = {parent for file in all_files(manifest) for parent in PurePosixPath(file.path).parents if parent.parts}
+    for folder in sorted(named.union(map(PurePosixPath, FOLDERS))):
+        if (bundle / folder).is_symlink():
+            raise BundleError(f"{bundle / folder}: a link, which may lead out of the bundle; refusing to follow it")

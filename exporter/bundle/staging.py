@@ -62,13 +62,12 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
         for path in stage.rglob("*"):
             if path.is_file():
                 _flush(path)
+        _write_flushed(stage / MANIFEST, encode(manifest))  # before anything moves: should the disk be full by now, nothing has changed
         if current is None:
-            _write_flushed(stage / MANIFEST, encode(manifest))
             stage.chmod(0o755)
             stage.rename(bundle)
         else:
             _move_in(stage, bundle)
-            _write_flushed(stage / MANIFEST, encode(manifest))
             (stage / MANIFEST).replace(bundle / MANIFEST)
             _remove_unnamed(bundle, current.manifest, manifest)
         _flush(bundle)
@@ -85,7 +84,7 @@ def current_bundle(bundle: Path) -> Bundle | None:
 
 def _move_in(stage: Path, bundle: Path) -> None:
     for path in sorted(stage.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path != stage / MANIFEST:
             target = bundle / path.relative_to(stage)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
@@ -96,8 +95,8 @@ def _remove_unnamed(bundle: Path, former: Manifest, manifest: Manifest) -> None:
     """Remove what the former manifest named and this one does not; a file that is not ours stays."""
     kept = {file.path for file in all_files(manifest)}
     for path in sorted({file.path for file in all_files(former)} - kept):
-        (bundle / path).unlink(missing_ok=True)
-        with suppress(OSError):  # other files are left in the folder
+        with suppress(OSError):  # the change is done by now; a file that can't be removed, or a folder with others in it, stays
+            (bundle / path).unlink(missing_ok=True)
             (bundle / path).parent.rmdir()
 
 

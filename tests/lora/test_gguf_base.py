@@ -10,7 +10,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora.errors import CheckpointError
@@ -229,18 +229,19 @@ def test_a_file_cut_anywhere_is_refused_and_nothing_else_happens(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> bytes:
-    return write(tmp_path_factory.mktemp("whole") / "a.gguf", made_tensors(), kind="Q8_0").read_bytes()
+def whole(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("whole") / "a.gguf", made_tensors(), kind="Q8_0")
 
 
-@given(data=st.data())
+@given(damage=st.dictionaries(st.integers(0, 1500), st.integers(0, 255), min_size=1, max_size=3))
+@example(damage={218: 0})  # the number of the embedding's columns
 @settings(max_examples=200, deadline=None)
-def test_a_damaged_header_is_refused_or_read(whole, tmp_path_factory, data):
-    damaged = bytearray(whole)
-    for _ in range(data.draw(st.integers(1, 3))):
-        damaged[data.draw(st.integers(0, 1500))] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
-    path.write_bytes(damaged)
+def test_a_damaged_header_is_refused_or_read(whole, damage):
+    data = bytearray(whole.read_bytes())
+    for position, value in damage.items():
+        data[position] = value
+    path = whole.with_name("damaged.gguf")
+    path.write_bytes(data)
     try:
         base = GgufBase(path)
     except CheckpointError as error:
