@@ -118,7 +118,7 @@ def _state(path: Path, name: str, data: Array) -> QuantState:
     try:
         state = msgspec.json.decode(data.tobytes(), type=QuantState)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: '{name}' is not a quant state of bitsandbytes 4-bit ({error}); save the base again") from error
+        raise CheckpointError(f"{path}: '{name}' is not a quant state of bitsandbytes 4-bit ({error!r}); save the base again") from error
     if state.quant_type != name.partition(MARK)[2]:
         raise CheckpointError(f"{path}: '{name}' holds a quant state of type {state.quant_type}; save the base again")
     if len({field is None for field in (state.nested_blocksize, state.nested_dtype, state.nested_offset)}) != 1:

@@ -98,16 +98,16 @@ def _open(path: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; expected a GGUF file") from error
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole GGUF file ({error}); fetch or convert it again") from error
+        raise CheckpointError(f"{path}: not a whole GGUF file ({error!r}); fetch or convert it again") from error
 
 
 def _check_kind(path: Path, reader: Any) -> None:
     """One whole Llama in this machine's byte order, every tensor of a type that can be dequantized."""
     architecture, kind, parts = (_field(path, reader, key) for key in ("general.architecture", "general.type", "split.count"))
     if architecture != ARCHITECTURE:
-        raise CheckpointError(f"{path}: general.architecture is '{architecture}'; only '{ARCHITECTURE}' is read from GGUF: give the base as safetensors")
+        raise CheckpointError(f"{path}: general.architecture is {architecture!r}; only '{ARCHITECTURE}' is read from GGUF: give the base as safetensors")
     if kind not in (None, "model"):
-        raise CheckpointError(f"{path}: general.type is '{kind}'; expected a model")
+        raise CheckpointError(f"{path}: general.type is {kind!r}; expected a model")
     if parts not in (None, 0, 1):
         raise CheckpointError(f"{path}: one of {parts} parts of a split model; join them with llama-gguf-split --merge")
     if reader.byte_order != "I":
@@ -133,7 +133,7 @@ def _field(path: Path, reader: Any, key: str) -> Any:
     try:
         return None if field is None else field.contents()
     except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: {key} can't be read ({error}); fetch or convert the file again") from error
+        raise CheckpointError(f"{path}: {key} can't be read ({error!r}); fetch or convert the file again") from error
 
 
 def _number(path: Path, reader: Any, key: str, default: int | None = None) -> int:
@@ -159,13 +159,16 @@ def _by_parameter(path: Path, tensors: list[Any]) -> dict[str, Any]:
         match = NAME.fullmatch(tensor.name)
         table = INNER if match and match["layer"] else OUTER
         if match is None or match["part"] not in table:
-            raise CheckpointError(f"{path}: tensor '{tensor.name}' has no place in a dense Llama (experts?); give the base as safetensors")
+            raise CheckpointError(f"{path}: tensor {tensor.name!r} has no place in a dense Llama (experts?); give the base as safetensors")
         prefix = f"model.layers.{int(match['layer'])}." if match["layer"] else ""
         named[f"{prefix}{table[match['part']]}.{match['kind']}"] = tensor
     return named
 
 
 def _check_complete(path: Path, named: Mapping[str, Any], layers: int) -> None:
+    present = {name.split(".")[2] for name in named if name.startswith("model.layers.")}
+    if len(present) != layers:
+        raise CheckpointError(f"{path}: holds {len(present)} layers, but llama.block_count is {layers}; fetch or convert the file again")
     expected = [EMBEDDING, "model.norm.weight", *(f"model.layers.{layer}.{part}.weight" for layer in range(layers) for part in INNER.values())]
     missing = [name for name in expected if name not in named]
     if missing:

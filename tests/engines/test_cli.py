@@ -342,7 +342,7 @@ def test_export_refuses_an_adapter_with_a_missing_file(export_refusal: Callable[
 
 
 def test_export_refuses_a_missing_adapter(export_refusal: Callable[..., str], tmp_path: Path):
-    assert f"{tmp_path / 'nope'}: no such folder" in export_refusal(tmp_path / "nope")
+    assert f"{tmp_path / 'nope' / 'adapter_config.json'}: no such file" in export_refusal(tmp_path / "nope")
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
@@ -355,13 +355,13 @@ def test_export_refuses_a_truncated_adapter(export_refusal: Callable[..., str], 
 def test_export_refuses_an_adapter_whose_shapes_are_another_bases(export_refusal: Callable[..., str], write_adapter):
     name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
     message = export_refusal(write_adapter(seed=1, tensors={name: np.ones((4, 48))}))
-    assert "'bert.encoder.layer.0.attention.self.query' needs a base weight of shape (32, 48), but the base has (32, 32)" in message
+    assert "'bert.encoder.layer.0.attention.self.query' fits a base tensor of shape (32, 48), but the base has (32, 32)" in message
 
 
 def test_export_refuses_an_adapter_that_names_modules_of_another_base(export_refusal: Callable[..., str], write_adapter):
     module = "base_model.model.bert.encoder.layer.7.attention.self.query"
     tensors = {f"{module}.lora_A.weight": np.ones((4, 32)), f"{module}.lora_B.weight": np.ones((32, 4))}
-    assert "module 'bert.encoder.layer.7.attention.self.query' is not in the base" in export_refusal(write_adapter(seed=1, tensors=tensors))
+    assert "module 'bert.encoder.layer.7.attention.self.query' has no weight in the base" in export_refusal(write_adapter(seed=1, tensors=tensors))
 
 
 def test_export_refuses_an_adapter_that_records_another_base(export_refusal: Callable[..., str], write_adapter):

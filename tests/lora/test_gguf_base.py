@@ -134,6 +134,8 @@ def test_queries_keys_and_their_biases_are_reordered_and_nothing_else(tmp_path):
     np.testing.assert_array_equal(base[K_PROJ + ".weight"], tensors["blk.1.attn_k.weight"])
     np.testing.assert_array_equal(base["model.layers.1.self_attn.v_proj.bias"], tensors["blk.1.attn_v.bias"])
     np.testing.assert_array_equal(base["model.layers.1.self_attn.o_proj.weight"], tensors["blk.1.attn_output.weight"])
+    np.testing.assert_array_equal(base["model.layers.1.mlp.gate_proj.weight"], tensors["blk.1.ffn_gate.weight"])
+    np.testing.assert_array_equal(base["model.layers.0.mlp.up_proj.weight"], tensors["blk.0.ffn_up.weight"])
 
 
 def test_without_head_count_kv_keys_have_as_many_heads_as_queries(tmp_path):
@@ -165,7 +167,8 @@ def test_rotary_factors_are_no_parameters(tmp_path):
     [
         ({"general.type": "adapter"}, "general.type is 'adapter'"),
         ({"split.count": 3}, "one of 3 parts.*llama-gguf-split --merge"),
-        ({"llama.block_count": 3}, "9 tensors are missing, the first is 'model.layers.2.input_layernorm.weight'"),
+        ({"llama.block_count": 3}, "holds 2 layers, but llama.block_count is 3"),
+        ({"llama.block_count": 1}, "holds 2 layers, but llama.block_count is 1"),
         ({"llama.block_count": None}, "llama.block_count is None"),
         ({"llama.attention.head_count": None}, "llama.attention.head_count is None"),
         ({"llama.attention.head_count": [4, 4]}, "head_count is \\[4, 4\\]; expected a positive number"),
@@ -235,6 +238,8 @@ def whole(tmp_path_factory) -> Path:
 
 @given(damage=st.dictionaries(st.integers(0, 1500), st.integers(0, 255), min_size=1, max_size=3))
 @example(damage={218: 0})  # the number of the embedding's columns
+@example(damage={101: 2})  # the number of layers
+@example(damage={366: 10})  # a tensor's name gets a second line
 @settings(max_examples=200, deadline=None)
 def test_a_damaged_header_is_refused_or_read(whole, damage):
     data = bytearray(whole.read_bytes())
