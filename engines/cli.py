@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exporter.cli import app as exporter_app
+from lora.cli import app as lora_app
 from lora.errors import LorafuseError
 from lora.terminal import BAD_INPUT, DONE, NO, UNDECIDED, megabytes, print_error, print_json, print_table, progress
 
@@ -22,6 +23,7 @@ HELP = """Ship LoRA-tuned models.
 
 Example: lorafuse export MiniLM adapters/movies --task movies --out bundle"""
 app = typer.Typer(name="lorafuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
+app.add_typer(lora_app)
 app.add_typer(exporter_app)
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]

@@ -11,9 +11,11 @@ from onnx import helper, numpy_helper
 
 from exporter.bundle.manifest import Bundle
 from exporter.external import load_graph, pointed
-from lora.adapter import Adapter, LowRank
+from exporter.layout import ModelWeights
+from lora.adapter import Change, LowRank, Replacement
 from lora.errors import ExportError
-from lora.peft import read_adapter
+from lora.fit import changes_by_parameter
+from lora.peft import read_peft
 from lora.tensorfile import TensorFile
 
 # Where a merged weight is read: y = x · W, with the weight as the second input (Gemm: not transposed again).
@@ -38,27 +40,33 @@ def unmerged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
     Raises ExportError where an adapted weight is not read by a MatMul or Gemm.
     """
     graph = unadapted_graph(bundle, task)
-    for update in bundled_adapter(bundle, task).updates:
-        _add_branch(graph.graph, update)
+    for parameter, changes in bundled_changes(bundle, task).items():
+        for change in changes:
+            if not isinstance(change, Replacement):  # replaced tensors are the task's in this graph already
+                _add_branch(graph.graph, parameter, change)
     return graph
 
 
-def bundled_adapter(bundle: Bundle, task: str) -> Adapter:
-    """The adapter that the task was merged from, out of the bundle."""
-    paths = [bundle.checked(file) for file in bundle.task(task).adapter]
-    return read_adapter(paths[0].parent)
+def bundled_changes(bundle: Bundle, task: str) -> dict[str, list[Change]]:
+    """{parameter: its changes} of the adapter that the task was merged from, out of the bundle."""
+    record = bundle.task(task)
+    paths = [bundle.checked(file) for file in record.adapter]
+    base = ModelWeights([TensorFile(bundle.checked(file)) for file in bundle.manifest.base.weights], bundle.graph(record).weights)
+    return changes_by_parameter(base, read_peft(paths[0].parent))
 
 
-def _add_branch(graph: onnx.GraphProto, update: LowRank) -> None:
-    readers = [(index, node) for index, node in enumerate(graph.node) if update.parameter in node.input]
+def _add_branch(graph: onnx.GraphProto, parameter: str, update: Change) -> None:
+    if not isinstance(update, LowRank) or update.magnitude is not None or update.layout not in ("linear", "transposed"):
+        raise ExportError(f"'{parameter}' is changed by more than a low-rank product of a matrix; there is no unmerged arm for that yet")
+    readers = [(index, node) for index, node in enumerate(graph.node) if parameter in node.input]
     for index, node in reversed(readers):
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        plain = node.op_type in READERS and node.input[1] == update.parameter and not attributes.get("transA") and attributes.get("alpha", 1.0) == 1.0
+        plain = node.op_type in READERS and node.input[1] == parameter and not attributes.get("transA") and attributes.get("alpha", 1.0) == 1.0
         if not plain:
-            raise ExportError(f"'{update.parameter}' is read by a {node.op_type} in a way that has no unmerged arm; expected x · W by {' or '.join(READERS)}")
+            raise ExportError(f"'{parameter}' is read by a {node.op_type} in a way that has no unmerged arm; expected x · W by {' or '.join(READERS)}")
         for position, branch in enumerate(_branch(node, update)):
             graph.node.insert(index + 1 + position, branch)
-    dtype = next(tensor.data_type for tensor in graph.initializer if tensor.name == update.parameter)
+    dtype = next(tensor.data_type for tensor in graph.initializer if tensor.name == parameter)
     down, up = update.a.T.astype(np.float32), (update.b.astype(np.float32) * np.float32(update.scaling)).T
     for name, values in ((_name(update, "A"), down), (_name(update, "B"), up)):
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values.astype(helper.tensor_dtype_to_np_dtype(dtype))), name))

@@ -24,9 +24,8 @@ def head_of(adapter: Adapter) -> Head:
     """The head that ``adapter`` was trained with. Raises ExportError for a task this exporter can't trace yet."""
     if adapter.task_type not in TASK_TYPES:
         raise ExportError(f"{adapter.path}: task_type {adapter.task_type!r} can't be exported yet; expected one of {', '.join(TASK_TYPES)}")
-    saved = {replacement.parameter: replacement.value for replacement in adapter.replacements}
     for suffix in HEAD_WEIGHTS:
-        for name, value in saved.items():
+        for name, value in adapter.replaced.items():
             if name.endswith(suffix) and value.ndim == 2:
                 return Head(task_type=adapter.task_type, outputs=int(value.shape[0]))
     raise ExportError(f"{adapter.path}: holds no trained head (expected one of {', '.join(HEAD_WEIGHTS)}); train it with modules_to_save")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from exporter.arms import bundled_adapter
+from exporter.arms import bundled_changes
 from exporter.base import skeleton
 from exporter.bundle.manifest import Bundle
 from exporter.layout import ModelWeights
@@ -29,11 +29,8 @@ def merged_values(bundle: Bundle, task: str) -> dict[str, Array]:
 
 def exact_values(bundle: Bundle, task: str) -> dict[str, Array]:
     """The weights as the formula has them, in float64, from the base and the adapter."""
-    adapter = bundled_adapter(bundle, task)
     values = {name: np.asarray(values, np.float64) for name, values in base_values(bundle, task).items()}
-    for update in adapter.updates:
-        values[update.parameter] = apply(update, values[update.parameter], np.float64)
-    return values | {replacement.parameter: np.asarray(replacement.value, np.float64) for replacement in adapter.replacements}
+    return values | {name: apply(changes, values[name], np.float64) for name, changes in bundled_changes(bundle, task).items()}
 
 
 def torch_runner(bundle: Bundle, task: str, values: Mapping[str, Array]) -> Runner:

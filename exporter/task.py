@@ -26,8 +26,9 @@ from exporter.layout import ModelWeights, key, to_graph
 from lora.adapter import Adapter
 from lora.checkpoint import fingerprint
 from lora.errors import BundleError, ExportError
+from lora.fit import changes_by_parameter
 from lora.merge import check_base, merge
-from lora.peft import read_adapter
+from lora.peft import read_peft
 from lora.tensorfile import Array, Lazy, TensorFile, write_tensors
 
 SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -79,7 +80,7 @@ def export_task(request: Request, out: Path, progress: Progress = lambda step: N
     """
     check_task_name(request.task)
     progress("reading the adapter")
-    adapter = read_adapter(request.adapter)
+    adapter = read_peft(request.adapter)
     head = head_of(adapter)
     labels = _labels(request, head)
     base_sha256 = fingerprint(request.base)
@@ -147,7 +148,7 @@ def _traced_dense(request: Request, head: Head, adapter: Adapter, existing: Bund
     progress("tracing the base model (once for this head)")
     graph, proto = _trace(request.base, head)
     progress("writing the base's weights")
-    values = base_weights(request.base, head, replaced={replacement.parameter for replacement in adapter.replacements})
+    values = base_weights(request.base, head, adapter.replaced)
     held = _held_weights(existing) if existing else ()
     absent = {key(name, order): _lazy(values[name], order) for name, order in graph.weights.items() if name in values}
     for file in held:
@@ -193,7 +194,8 @@ def _lazy(values: Array, order: tuple[int, ...] | None) -> Lazy:
 
 def _merged(dense: _Dense, adapter: Adapter) -> dict[str, Array]:
     """The task's changed tensors by parameter name; each has a place in the graph."""
-    changed = dict(merge(ModelWeights(dense.weights, dense.graph.weights), adapter))
+    base = ModelWeights(dense.weights, dense.graph.weights)
+    changed = {merged.parameter: merged.stored for merged in merge(base, changes_by_parameter(base, adapter), adapter.path)}
     unused = sorted(changed.keys() - dense.graph.weights.keys())
     if unused:
         raise ExportError(f"{adapter.path}: tensor '{unused[0]}' has no place in the graph; the adapter was trained on another model")

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporter.arms import bundled_adapter, merged_graph
+from exporter.arms import bundled_changes, merged_graph
 from exporter.bundle.manifest import Bundle
 from exporter.digest import graph_digest
 from exporter.reference import Inputs, Runner, base_values, exact_values, merged_values, torch_runner
-from lora.adapter import LowRank
+from lora.adapter import Change
+from lora.delta import error_bound
 from lora.errors import LorafuseError
 from lora.tensorfile import Array
 
@@ -92,10 +93,10 @@ def verify(bundle: Bundle, task: str, batches: Sequence[Inputs], runners: Mappin
 
 def _weights_stage(bundle: Bundle, task: str, exact: Mapping[str, Array], stored: Mapping[str, Array]) -> Stage:
     """Every stored weight against the formula; a merged one within the rounding of its own float32 computation."""
-    updates = {update.parameter: update for update in bundled_adapter(bundle, task).updates}
+    changes, base = bundled_changes(bundle, task), base_values(bundle, task)
     worst = (-1.0, "", 0.0, 0.0, 0.0)
     for name, want in exact.items():
-        bound = _rounding(want, updates.get(name))
+        bound = _rounding(base[name], changes.get(name, []))
         excess = np.abs(stored[name].astype(np.float64) - want) / bound
         place = np.unravel_index(int(excess.argmax()), excess.shape)
         if not (excess[place] <= worst[0] or np.isnan(worst[0])):  # NaN is the worst of all
@@ -104,17 +105,9 @@ def _weights_stage(bundle: Bundle, task: str, exact: Mapping[str, Array], stored
     return Stage("stored weights", abs(got - value), limit, where, got, value, excess_ratio <= 1)
 
 
-def _rounding(want: Array, update: LowRank | None) -> Array:
-    """The forward error bound of ``W + s·B·A`` in float32: (rank + 2) roundings of the product and one of the sum.
-
-    Higham, Accuracy and Stability of Numerical Algorithms, section 3.5. Without an update the value must be exact.
-    """
-    epsilon = float(np.finfo(np.float32).eps)
-    bound = np.full(want.shape, np.finfo(np.float64).tiny)
-    if update is not None:
-        product = np.abs(update.b).astype(np.float64) @ np.abs(update.a).astype(np.float64) * abs(update.scaling)
-        bound += epsilon * ((update.rank + 2) * (product.T if update.transposed else product) + np.abs(want))
-    return bound
+def _rounding(base: Array, changes: Sequence[Change]) -> Array:
+    """What float32 may lose in the changes; where there are none, the value must be exact."""
+    return sum((error_bound(change, base) for change in changes), start=np.full(base.shape, np.finfo(np.float64).tiny))
 
 
 def _output_stage(name: str, exact: Sequence[Array], batches: Sequence[Inputs], run: Runner) -> Stage:

@@ -1,53 +1,94 @@
-"""What an adapter is, whatever format it came in: low-rank updates of some weights, and replaced tensors.
+"""What an adapter is, whatever format it came in: changes to some of a base's tensors.
 
-Names are those of the base model's modules and parameters, without any prefix of the format.
+A change names the module it belongs to; which tensor of a given base that is, ``lora.fit`` decides.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lora.tensorfile import Array
+
+# How B · A becomes an update of the weight's shape.
+#   linear      (out, in) = B · A, also where a transformers Conv1D or an embedding stores (in, out): (B · A)ᵀ
+#   conv        two convolutions composed: A with the kernel's extent, B with extent 1
+#   view        loralib, whose file does not name the layer: a kernel takes B · A as its bytes, a matrix is linear or transposed
+#   experts     one product per expert, stacked: A is (experts · rank, in), B is (out, rank · experts)
+Layout = Literal["linear", "transposed", "conv", "view", "experts"]
+# How a format spells module names: as they are, or with dots written as underscores (kohya).
+Spelling = Literal["dotted", "flattened"]
+# How several adapters' updates of one weight become one.
+Rule = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``W' = W + scaling · B · A`` (Hu et al. 2021, eq. 3), for the weight of one module.
+    """``W' = W + scaling · B · A`` (Hu et al. 2021, eq. 3); with a ``magnitude``, DoRA's ``W' = m · V / ‖V‖`` of that V.
 
-    ``a`` has shape (rank, in), ``b`` (out, rank). The weight has shape (out, in), or (in, out) where ``transposed``
-    (transformers' Conv1D; PEFT's ``fan_in_fan_out``).
+    ``rank`` is each product's inner dimension. ``parameters`` are the names that the weight may have below the module;
+    the base has one of them. ``square`` is for the layout "view": how square matrices are stored, None if nobody said.
     """
 
     module: str
     a: Array
     b: Array
+    rank: int
     scaling: float
-    transposed: bool = False
+    layout: Layout = "linear"
+    magnitude: Array | None = None
+    parameters: tuple[str, ...] = ("weight",)
+    square: Literal["linear", "transposed"] | None = None
 
-    @property
-    def parameter(self) -> str:
-        """The name of the weight that is updated."""
-        return f"{self.module}.weight"
 
-    @property
-    def rank(self) -> int:
-        """The inner dimension of B · A."""
-        return int(self.a.shape[0])
+@dataclass(frozen=True)
+class Increment:
+    """``parameter' = parameter + scaling · value``: the bias of lora_B."""
 
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """The shape that the base's weight must have."""
-        out_features, in_features = int(self.b.shape[0]), int(self.a.shape[1])
-        return (in_features, out_features) if self.transposed else (out_features, in_features)
+    module: str
+    value: Array
+    scaling: float
+    parameters: tuple[str, ...] = ("bias",)
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """``parameter`` takes ``value`` as it is: a trained head, a saved bias."""
+    """``parameter`` takes ``value`` as it is: a trained head, a saved bias.
+
+    A head may be new to the base. With ``among``, it is one of these parameters that the base must have.
+    """
 
     parameter: str
     value: Array
+    among: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The listed rows of an embedding take ``values`` as they are."""
+
+    module: str
+    rows: tuple[int, ...]
+    values: Array
+    parameters: tuple[str, ...] = ("weight",)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Updates of one weight by several adapters, blended before they are added: ``W' = W + rule(weights, s·B·A of each)``.
+
+    ``density`` is the share of each update that its pruning keeps; ``seeds`` draw what DARE drops, one per update.
+    """
+
+    updates: tuple[LowRank, ...]
+    weights: tuple[float, ...]
+    rule: Rule
+    density: float
+    seeds: tuple[int, ...]
+
+
+Change = LowRank | Increment | Replacement | Rows | Blend
 
 
 @dataclass(frozen=True)
@@ -55,13 +96,21 @@ class Adapter:
     """One trained task.
 
     ``files`` are the files it was read from and ``sha256`` identifies their bytes. ``base_sha256`` is the fingerprint
-    of the base it was trained on, where the file records one.
+    of the base it was trained on, where the file records one. ``skipped`` are the file's components that were not chosen.
     """
 
     path: Path
+    format: str
     files: tuple[Path, ...]
     sha256: str
-    task_type: str | None
-    updates: tuple[LowRank, ...]
-    replacements: tuple[Replacement, ...]
+    changes: tuple[Change, ...]
+    task_type: str | None = None
     base_sha256: str | None = None
+    spelling: Spelling = "dotted"
+
+    @property
+    def replaced(self) -> dict[str, Array]:
+        """The tensors that the adapter brings whole, by parameter name: a trained head, saved biases."""
+        return {change.parameter: change.value for change in self.changes if isinstance(change, Replacement)}
+
+    skipped: tuple[str, ...] = ()

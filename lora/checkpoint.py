@@ -6,31 +6,43 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lora.errors import CheckpointError
 from lora.tensorfile import Array, TensorFile, file_sha256
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# The output embedding of transformers' language models, and the names of the input embedding that it may be tied to.
+OUTPUT_EMBEDDING = "lm_head.weight"
+INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
 
 
 class Checkpoint(Mapping[str, Array]):
     """The tensors of a checkpoint folder by name, mapped read-only from whichever shard holds them.
 
+    ``tied`` names weights that are stored under another name (a tied output embedding); they are found, not listed.
     Raises CheckpointError when the folder holds no safetensors weights, or a shard is missing or truncated.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.files = weight_files(folder)
-        self._home = {name: shard for shard in map(TensorFile, self.files) for name in shard}
+        self.folder = folder
+        self.files = tuple(TensorFile(path) for path in weight_files(folder))
+        self.home = {name: file for file in self.files for name in file}
+        self.config = read_config(folder)
+        self.tied = _tied(self.config, set(self.home))
 
     def __getitem__(self, name: str) -> Array:
-        return self._home[name][name]
+        stored = self.tied.get(name, name)
+        return self.home[stored][stored]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.home or name in self.tied
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
+        return iter(self.home)
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self.home)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -44,6 +56,26 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in _shard_names(folder / INDEX)]
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config.json; empty where there is none. Raises CheckpointError when it is not a JSON object."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found a {type(config).__name__}; fetch it again")
+    return config
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 that identifies a base's weights: of its one file, or of its shards' hashes in order."""
+    hashes = [file_sha256(path) for path in weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def _shard_names(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -55,7 +87,10 @@ def _shard_names(index: Path) -> list[str]:
     return names
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 that identifies a base's weights: of its one file, or of its shards' hashes in order."""
-    hashes = [file_sha256(path) for path in weight_files(folder)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+def _tied(config: Mapping[str, Any], names: set[str]) -> dict[str, str]:
+    """The output embedding of a language model whose configuration ties it and whose file leaves it out."""
+    models = " ".join(map(str, config.get("architectures") or ()))
+    if not config.get("tie_word_embeddings", True) or OUTPUT_EMBEDDING in names or not any(kind in models for kind in ("LM", "ConditionalGeneration")):
+        return {}
+    inputs = [name for name in names if name.endswith(INPUT_EMBEDDINGS)]
+    return {OUTPUT_EMBEDDING: inputs[0]} if len(inputs) == 1 else {}

@@ -1,49 +1,73 @@
-"""Merging: what an adapter does to the base's weights, one tensor at a time."""
+"""Merging: what an adapter does to a base, one tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from lora.adapter import Adapter, LowRank
+from lora.adapter import Adapter, Blend, Change, LowRank
+from lora.delta import Float, changed
 from lora.errors import AdapterError
 from lora.tensorfile import Array
 
+Targets = Mapping[str, Sequence[Change]]  # {parameter: its changes}, from lora.fit or lora.combine
+Dtypes = Mapping[str, np.dtype[Any]]
 
-def apply(update: LowRank, weight: Array, dtype: type[np.floating] = np.float32) -> Array:
-    """``W + scaling · B · A`` in ``dtype`` (Hu et al. 2021, eq. 3), in the layout of ``weight``; not rounded to its dtype.
 
-    With float64 this is the oracle that a stored merge is held against.
+@dataclass(frozen=True)
+class Merged:
+    """A changed tensor: as it is stored, before that rounding (float32), and as the base has it (None: a new head).
+
+    ``unchanged`` of its elements are bit for bit the base's.
     """
-    delta = (update.b.astype(dtype) @ update.a.astype(dtype)) * dtype(update.scaling)
-    merged: Array = weight.astype(dtype) + (delta.T if update.transposed else delta)
-    return merged
+
+    parameter: str
+    stored: Array
+    exact: Array
+    base: Array | None
+    unchanged: int
 
 
-def merge(base: Mapping[str, Array], adapter: Adapter) -> Iterator[tuple[str, Array]]:
-    """The tensors that differ from the base, each computed in float32 and rounded once to its base dtype.
+def merge(base: Mapping[str, Array], targets: Targets, source: object, dtypes: Dtypes | None = None) -> Iterator[Merged]:
+    """The tensors that ``targets`` change, each computed in float32 and rounded once.
 
-    ``base`` maps parameter names to weights. Replaced tensors come as they are, even where the base has none of that
-    name (a new head). A tensor that rounding left bit for bit as it was is not yielded.
-    Raises AdapterError when the adapter does not fit, overflows, or changes no weight at all.
+    ``base`` maps parameter names to weights; only those to be changed are read. A tensor is stored in the base's dtype
+    unless ``dtypes`` names another; ``source`` is what messages call the adapter. One that rounding leaves bit for bit as it was is not yielded.
+    Raises AdapterError when a tensor overflows its dtype, or no weight changes at all.
     """
-    changed = 0
-    for update in adapter.updates:
-        weight = _fitting_weight(base, update, adapter)
-        merged = apply(update, weight).astype(weight.dtype)
-        if not np.isfinite(merged.astype(np.float32)).all():
-            raise AdapterError(f"{adapter.path}: merging into '{update.parameter}' overflows {weight.dtype}; store the base in a wider dtype")
-        if not np.array_equal(merged, weight):
-            changed += 1
-            yield update.parameter, merged
-    for replacement in adapter.replacements:
-        yield replacement.parameter, _fitting_replacement(base, replacement.parameter, replacement.value, adapter)
-    if adapter.updates and not changed:
+    updated = differing = 0
+    for parameter, changes in targets.items():
+        merged = _merge_one(base, parameter, changes, dtypes or {})
+        if not _is_finite(merged):
+            raise AdapterError(f"{source}: merging into '{parameter}' overflows {merged.stored.dtype}; store it in a wider dtype")
+        differs = merged.unchanged < merged.stored.size
+        if any(isinstance(change, LowRank | Blend) for change in changes):
+            updated += 1
+            differing += differs
+        if differs:
+            yield merged
+    if updated and not differing:
         raise AdapterError(
-            f"{adapter.path}: merging changes none of its {len(adapter.updates)} target weights (lora_B is zero, or the update is lost "
-            "in rounding); the result would be the base model"
+            f"{source}: merging changes none of the {updated} target weights (lora_B is zero, or the update is lost in rounding); "
+            "the result would be the base model"
         )
+
+
+def _is_finite(merged: Merged) -> bool:
+    """The exact values decide for a dtype of float32's range, without a look at the narrow ones."""
+    values = merged.stored if merged.stored.dtype == np.float16 else merged.exact
+    return bool(np.isfinite(values).all())
+
+
+def apply(changes: Sequence[Change], tensor: Array | None, dtype: Float = np.float32) -> Array:
+    """``tensor`` after ``changes``, in ``dtype``; not rounded to its own. With float64 this is the oracle of a merge."""
+    for change in changes:
+        tensor = changed(change, tensor, dtype)
+    assert tensor is not None
+    return tensor
 
 
 def check_base(adapter: Adapter, base_sha256: str) -> None:
@@ -55,19 +79,17 @@ def check_base(adapter: Adapter, base_sha256: str) -> None:
         )
 
 
-def _fitting_weight(base: Mapping[str, Array], update: LowRank, adapter: Adapter) -> Array:
-    if update.parameter not in base:
-        raise AdapterError(f"{adapter.path}: module '{update.module}' is not in the base; the adapter was trained on another model")
-    weight = base[update.parameter]
-    if weight.shape != update.weight_shape:
-        raise AdapterError(
-            f"{adapter.path}: module '{update.module}' needs a base weight of shape {update.weight_shape}, but the base has {weight.shape}; "
-            "the adapter was trained on another model"
-        )
-    return weight
+def _merge_one(base: Mapping[str, Array], parameter: str, changes: Sequence[Change], dtypes: Dtypes) -> Merged:
+    before = base.get(parameter)
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is found, and named, in the result
+        exact = apply(changes, before)
+        stored_as = dtypes.get(parameter) or (before.dtype if before is not None else exact.dtype)
+        stored = exact.astype(stored_as, copy=False)
+    return Merged(parameter, stored, exact, before, _equal_bits(stored, before))
 
 
-def _fitting_replacement(base: Mapping[str, Array], name: str, value: Array, adapter: Adapter) -> Array:
-    if name in base and base[name].shape != value.shape:
-        raise AdapterError(f"{adapter.path}: saved tensor '{name}' has shape {value.shape}, but the graph expects {base[name].shape}")
-    return np.asarray(value)
+def _equal_bits(stored: Array, base: Array | None) -> int:
+    if base is None or base.dtype != stored.dtype:
+        return 0
+    bits = np.dtype(f"u{stored.dtype.itemsize}")
+    return int(np.count_nonzero(stored.view(bits) == base.view(bits)))

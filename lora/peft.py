@@ -1,103 +1,126 @@
-"""Reading a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Reading a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``, a torch state dict).
 
-Keys are ``base_model.model.<module>.lora_A.weight`` and ``lora_B``; saved modules and biases stand under
-``base_model.model.<parameter>``. Every tensor is consumed, or the reader refuses the file and names the tensor.
+Keys are ``base_model.model.<module>.<slot>``, where the slot says which part of the layer the tensor is; saved modules
+and biases stand under ``base_model.model.<parameter>``. ``base_layer`` in a path is PEFT's wrapper around the module.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-import numpy as np
-
-from lora.adapter import Adapter, LowRank, Replacement
-from lora.errors import AdapterError, CheckpointError
+from lora.adapter import Adapter, Change, Increment, Layout, LowRank, Replacement, Rows
+from lora.errors import AdapterError
+from lora.factors import Factors, identity, open_factors
 from lora.peft_config import PeftConfig, read_config
-from lora.tensorfile import Array, TensorFile, file_sha256
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PREFIX = "base_model.model."
+LINEAR_A, LINEAR_B, LINEAR_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+MAGNITUDE, TOKENS = ".lora_magnitude_vector", ".token_adapter.trainable_tokens_delta"
+WRAPPER = ".base_layer"
+# PEFT saves these whole when the vocabulary was resized, whether or not modules_to_save names them.
+EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read the adapter in ``folder`` into its normal form.
+def read_peft(folder: Path) -> Adapter:
+    """Read the adapter in ``folder``.
 
     Raises AdapterError when a file is missing or damaged, a field can't be honoured, or a tensor is left over.
     """
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: no such folder; expected a PEFT adapter ({CONFIG} and {WEIGHTS})")
     config = read_config(folder / CONFIG)
-    tensors = _open_weights(folder)
-    updates, replacements = _take_all(tensors, config)
-    files = (folder / CONFIG, folder / WEIGHTS)
+    pickled = (folder / PICKLE).exists() and not (folder / WEIGHTS).exists()
+    files = (folder / CONFIG, folder / (PICKLE if pickled else WEIGHTS))
+    factors, metadata = open_factors(files[1])
     return Adapter(
         path=folder,
+        format="PEFT",
         files=files,
-        sha256=hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest(),
+        sha256=identity(files),
+        changes=peft_changes(factors, config, PREFIX),
         task_type=config.task_type,
-        updates=updates,
-        replacements=replacements,
-        base_sha256=tensors.metadata.get("base_sha256"),
+        base_sha256=metadata.get("base_sha256"),
     )
 
 
-def _open_weights(folder: Path) -> TensorFile:
-    if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
-        raise AdapterError(f"{folder / PICKLE}: a pickle can run code when it is read; save the adapter again as {WEIGHTS}")
-    try:
-        return TensorFile(folder / WEIGHTS)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
+def peft_changes(factors: Factors, config: PeftConfig, prefix: str) -> tuple[Change, ...]:
+    """Every change that the file's tensors make: replaced tensors first, updates on top of them. All keys bear ``prefix``."""
+    replaced: list[Change] = []
+    updates: list[Change] = []
+    for key in factors.names():
+        name = key.removeprefix(prefix)
+        if name == key and prefix:
+            continue  # left over, and named at the end
+        if name.endswith(LINEAR_A):
+            updates += _linear(factors, config, prefix, name.removesuffix(LINEAR_A))
+        elif name.endswith(EMBEDDING_A):
+            updates.append(_embedding(factors, config, prefix, name.removesuffix(EMBEDDING_A)))
+        elif name.endswith(TOKENS):
+            updates.append(_tokens(factors, config, prefix, name.removesuffix(TOKENS)))
+        elif _is_saved(name, config):
+            replaced.append(Replacement(_unwrapped(name), factors.take(key)))
+    factors.done()
+    return (*replaced, *updates)
 
 
-def _take_all(tensors: TensorFile, config: PeftConfig) -> tuple[tuple[LowRank, ...], tuple[Replacement, ...]]:
-    updates, replacements = [], []
-    for key in sorted(tensors):
-        name = key.removeprefix(PREFIX)
-        if name == key:
-            raise _left_over(tensors, key)
-        if name.endswith(A):
-            updates.append(_low_rank(tensors, name.removesuffix(A), config))
-        elif name.endswith(B):
-            if PREFIX + name.removesuffix(B) + A not in tensors:
-                raise AdapterError(f"{tensors.path}: tensor '{key}' has no lora_A beside it; the file is incomplete, save it again")
-        elif _is_saved_module(name, config) or (config.bias != "none" and name.endswith(".bias")):
-            replacements.append(Replacement(name, _finite(tensors, key)))
-        else:
-            raise _left_over(tensors, key)
-    if not updates and not replacements:
-        raise AdapterError(f"{tensors.path}: holds no tensors; expected lora_A and lora_B of at least one module")
-    return tuple(updates), tuple(replacements)
-
-
-def _low_rank(tensors: TensorFile, module: str, config: PeftConfig) -> LowRank:
-    key_a, key_b = PREFIX + module + A, PREFIX + module + B
-    if key_b not in tensors:
-        raise AdapterError(f"{tensors.path}: tensor '{key_a}' has no lora_B beside it; the file is incomplete, save it again")
-    a, b, rank = _finite(tensors, key_a), _finite(tensors, key_b), config.rank(module)
-    if a.ndim != 2 or b.ndim != 2:
-        raise AdapterError(f"{tensors.path}: module '{module}' has factors of shapes {a.shape} and {b.shape}; only linear layers are supported yet")
-    if a.shape[0] != rank or b.shape[1] != rank:
+def _linear(factors: Factors, config: PeftConfig, prefix: str, path: str) -> list[Change]:
+    """A linear or convolutional layer, an attention's input projection, or a stack of experts; with lora_B's bias, if any."""
+    module, parameters = _unwrapped(path), _bare_parameters(path, config)
+    lookup = f"{module}.{parameters[0]}" if parameters else module
+    rank, scaling = config.rank(lookup), config.scaling(lookup)
+    if {(config.rank(name), config.scaling(name)) for name in (f"{module}.{parameter}" for parameter in parameters)} - {(rank, scaling)}:
         raise AdapterError(
-            f"{tensors.path}: module '{module}' has factors A {a.shape} and B {b.shape}, but {CONFIG} says rank {rank}; the two files do not belong together"
+            f"{factors.path}: the parameters {', '.join(parameters)} of '{module}' differ in rank or alpha, and the file does not say whose a tensor is"
         )
-    return LowRank(module, a, b, config.scaling(module), transposed=config.fan_in_fan_out)
+    a, b = factors.take_pair(prefix + path + LINEAR_A, prefix + path + LINEAR_B, None if parameters else rank, module)
+    layout: Layout = "experts" if parameters else "conv" if a.ndim > 2 else "transposed" if config.fan_in_fan_out else "linear"
+    changes: list[Change] = [
+        LowRank(
+            module=module,
+            a=a,
+            b=b,
+            rank=rank,
+            scaling=scaling,
+            layout=layout,
+            magnitude=factors.take(prefix + path + MAGNITUDE) if config.use_dora else None,
+            parameters=parameters or ("weight", "in_proj_weight"),
+        )
+    ]
+    if config.lora_bias:
+        changes.append(Increment(module, factors.take(prefix + path + LINEAR_BIAS), scaling))
+    return changes
 
 
-def _finite(tensors: TensorFile, key: str) -> Array:
-    values = tensors[key]
-    if values.dtype.kind not in "fV":  # ml_dtypes' bfloat16 is of kind V
-        raise AdapterError(f"{tensors.path}: tensor '{key}' has dtype {values.dtype}; expected a floating-point type")
-    if not np.isfinite(values.astype(np.float32)).all():
-        raise AdapterError(f"{tensors.path}: tensor '{key}' holds NaN or infinity; the training has diverged")
-    return values
+def _embedding(factors: Factors, config: PeftConfig, prefix: str, path: str) -> LowRank:
+    module = _unwrapped(path)
+    a, b = factors.take_pair(prefix + path + EMBEDDING_A, prefix + path + EMBEDDING_B, config.rank(module), module)
+    magnitude = factors.take(prefix + path + MAGNITUDE) if config.use_dora else None
+    return LowRank(module, a, b, config.rank(module), config.scaling(module), "transposed", magnitude)
 
 
-def _is_saved_module(name: str, config: PeftConfig) -> bool:
-    """Whether the tensor belongs to a module of ``modules_to_save``, which names a module by its path or a suffix of it."""
-    return any(f".{module}." in f".{name}" for module in config.modules_to_save or ())
+def _tokens(factors: Factors, config: PeftConfig, prefix: str, path: str) -> Rows:
+    module, values = _unwrapped(path), factors.take(prefix + path + TOKENS)
+    rows = config.token_rows(module)
+    if values.ndim != 2 or len(rows) != values.shape[0]:
+        raise AdapterError(f"{factors.path}: '{module}' has trained tokens of shape {values.shape}, but {CONFIG} lists {len(rows)} token indices")
+    return Rows(module, rows, values)
 
 
-def _left_over(tensors: TensorFile, key: str) -> AdapterError:
-    return AdapterError(f"{tensors.path}: tensor '{key}' belongs to no LoRA layer, saved module or saved bias; merging would drop it")
+def _bare_parameters(path: str, config: PeftConfig) -> tuple[str, ...]:
+    """The parameters of this module that ``target_parameters`` names; which of several a tensor is for, its shape tells."""
+    module = _unwrapped(path)
+    named = (target.rpartition(".") for target in config.target_parameters or ())
+    return tuple(parameter for owner, _, parameter in named if f".{module}".endswith(f".{owner}"))
+
+
+def _is_saved(name: str, config: PeftConfig) -> bool:
+    """A tensor of ``modules_to_save`` (named by its path or a suffix of it), a saved bias, or a saved embedding."""
+    if any(f".{module}." in f".{name}" for module in config.modules_to_save or ()):
+        return True
+    if config.bias != "none" and name.endswith(".bias"):
+        return not name.endswith(LINEAR_BIAS)
+    return name.endswith(f"{WRAPPER}.weight") or _unwrapped(name).removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
+
+
+def _unwrapped(path: str) -> str:
+    return path.replace(WRAPPER, "")

@@ -21,6 +21,7 @@ WITHOUT_EFFECT = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
+        "ensure_weight_tying",
         "exclude_modules",
         "inference_mode",
         "layers_pattern",
@@ -35,22 +36,18 @@ WITHOUT_EFFECT = frozenset(
         "target_modules",
     }
 )
-# They change the maths (or the base) in a way this reader does not implement: refused unless empty.
+# They change the maths in a way that has no dense form, or the base itself: refused unless empty.
 NOT_MERGEABLE = {
     "alora_invocation_tokens": "activated LoRA applies to part of a sequence only and can't be merged",
     "arrow_config": "Arrow routes between adapters per token and can't be merged",
     "use_qalora": "QA-LoRA pools the input and can't be merged into a dense weight",
-    "use_bdlora": "block-diagonal LoRA is not supported",
-    "kasa_config": "KaSA is not supported",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "velora_config": "VeLoRA is not supported",
-    "megatron_config": "Megatron's parallel layers are not supported",
-    "use_dora": "DoRA is not supported yet",
-    "lora_bias": "a bias on lora_B is not supported yet",
-    "target_parameters": "updates of bare parameters (MoE experts) are not supported yet",
-    "trainable_token_indices": "trainable tokens are not supported yet",
-    "ensure_weight_tying": "updates of tied weights are not supported yet",
-    "layer_replication": "replicated layers share their base weights; merge into an untied copy of the base",
+    "use_bdlora": "block-diagonal LoRA can't be merged here",
+    "kasa_config": "KaSA can't be merged here",
+    "monteclora_config": "MonteCLoRA samples its update and can't be merged",
+    "velora_config": "VeLoRA can't be merged here",
+    "megatron_config": "Megatron's parallel layers can't be merged here",
+    "layer_replication": "replicated layers share their base weights; merge into a base in which each copy has its own",
+    "ensure_weight_tying": "one update for two tied weights can't be merged here; train without it",
 }
 # These initialisations change the base weight before training: the adapter only fits that changed base.
 CHANGED_BASE_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -67,7 +64,11 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     bias: str = "none"
+    lora_bias: bool = False
+    use_dora: bool = False
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str = True
@@ -82,16 +83,30 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
         alpha = _by_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
+    def token_rows(self, module: str) -> tuple[int, ...]:
+        """The rows of the embedding at this path that were trained; a bare list means the model's input embedding."""
+        indices = self.trainable_token_indices
+        if isinstance(indices, dict):
+            return tuple(next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), ()))
+        return tuple(indices or ())
+
 
 def read_config(path: Path) -> PeftConfig:
     """Parse and check the file. Raises AdapterError naming the field that can't be honoured."""
     try:
-        content = path.read_bytes()
-        fields = msgspec.json.decode(content, type=dict[str, Any])
-        config = msgspec.json.decode(content, type=PeftConfig)
+        return parse_config(path, path.read_bytes())
     except FileNotFoundError as error:
         raise AdapterError(f"{path}: no such file; expected a PEFT adapter (adapter_config.json and adapter_model.safetensors)") from error
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise AdapterError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def parse_config(path: Path, content: bytes) -> PeftConfig:
+    """Check the JSON ``content``, found in the file ``path``. Raises AdapterError naming the field that can't be honoured."""
+    try:
+        fields = msgspec.json.decode(content, type=dict[str, Any])
+        config = msgspec.json.decode(content, type=PeftConfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise AdapterError(f"{path}: not a PEFT LoRA configuration ({error}); save the adapter again with save_pretrained") from error
     _refuse_other_maths(path, fields)
     _refuse_bad_values(path, config)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import TracebackType
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import safetensors
@@ -114,35 +116,70 @@ class Lazy:
     make: Callable[[], Array]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str] | None = None) -> str:
-    """Write ``tensors`` one at a time; return the file's SHA-256 in hex.
+class TensorWriter:
+    """Writes a safetensors file one tensor at a time; use it as a context manager.
+
+    ``expected`` are the tensors that may come, by dtype and shape: room for their header is kept, and its size, the
+    file's first eight bytes, is written last. A file that was cut short can therefore not be read as a whole one.
+    An OSError (a full disk) passes through.
+    """
+
+    def __init__(self, path: Path, expected: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> None:
+        self._header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        total = sum(_size(dtype, shape) for dtype, shape in expected.values())
+        longest = np.dtype(np.bool_)  # no dtype has a longer name in the format
+        room = {name: _entry(longest, shape, total * 8, total * 8) for name, (_, shape) in expected.items()}
+        self._room = len(_encoded({**self._header, **room}, 0))
+        self._file: BinaryIO = path.open("wb")
+        self._file.write(bytes(8 + self._room))
+
+    def add(self, name: str, values: Array) -> None:
+        """Write the next tensor."""
+        start = self._file.tell() - 8 - self._room
+        self._header[name] = _entry(values.dtype, values.shape, start, start + values.nbytes)
+        if values.size:
+            self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._file as file:
+            if kind is None:
+                encoded = _encoded(self._header, self._room)
+                assert len(encoded) == self._room, "a tensor came that was not expected"
+                file.seek(8)
+                file.write(encoded)
+                file.flush()
+                os.fsync(file.fileno())
+                file.seek(0)
+                file.write(self._room.to_bytes(8, "little"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str, str] | None = None) -> None:
+    """Write all of ``tensors``, one at a time.
 
     The same tensors give the same bytes: widest dtype first (so that every tensor is aligned), then by name.
-    The caller renames the file into place; an OSError (a full disk) passes through.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    position = 0
-    for name in order:
-        tensor = tensors[name]
-        end = position + tensor.dtype.itemsize * int(np.prod(tensor.shape, dtype=np.int64))
-        header[name] = {"dtype": _FORMAT_NAMES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
+    with TensorWriter(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata) as writer:
+        for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+            values = tensors[name].make()
+            assert (values.dtype, values.shape) == (tensors[name].dtype, tensors[name].shape), f"{name}: not what was announced"
+            writer.add(name, values)
+
+
+def _entry(dtype: np.dtype[Any], shape: tuple[int, ...], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": _FORMAT_NAMES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _size(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+
+
+def _encoded(header: Mapping[str, Any], room: int) -> bytes:
+    """The header as JSON, padded with spaces to ``room`` bytes and to a multiple of eight."""
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        _write(file, digest, len(encoded).to_bytes(8, "little") + encoded)
-        for name in order:
-            values = np.ascontiguousarray(tensors[name].make()).reshape(tensors[name].shape)
-            assert values.dtype == tensors[name].dtype, f"{name}: made {values.dtype}, announced {tensors[name].dtype}"
-            _write(file, digest, values.reshape(-1).view(np.uint8).data if values.size else b"")
-    return digest.hexdigest()
-
-
-def _write(file: BinaryIO, digest: hashlib._Hash, data: bytes | memoryview) -> None:
-    digest.update(data)
-    file.write(data)
+    return encoded.ljust(max(room, len(encoded) + -len(encoded) % 8))
 
 
 def file_sha256(path: Path) -> str:

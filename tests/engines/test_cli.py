@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 import engines.cli
 from engines.backends import Session
 from exporter.bundle.manifest import Bundle, File, encode, open_bundle
-from lora.peft import read_adapter
+from lora.adapter import LowRank
+from lora.peft import read_peft
 from lora.tensorfile import Array, TensorFile, file_sha256
 
 COMMAND = Path(sys.executable).with_name("lorafuse")
@@ -205,7 +206,7 @@ def put_an_adapter_without_effect_into_the_task(path: Path) -> None:
     task = bundle.task("first")
     tensors = path / next(file.path for file in task.adapter if file.path.endswith(".safetensors"))
     save_file({name: values * (0 if "lora_B" in name else 1) for name, values in load_file(tensors).items()}, tensors)
-    assert not any(update.b.any() for update in read_adapter(tensors.parent).updates)
+    assert not any(change.b.any() for change in read_peft(tensors.parent).changes if isinstance(change, LowRank))
     bundle.manifest.tasks["first"] = msgspec.structs.replace(task, adapter=tuple(_described(path, file) for file in task.adapter))
     (path / "manifest.json").write_bytes(encode(bundle.manifest))
 
@@ -341,7 +342,7 @@ def test_export_refuses_an_adapter_with_a_missing_file(export_refusal: Callable[
 
 
 def test_export_refuses_a_missing_adapter(export_refusal: Callable[..., str], tmp_path: Path):
-    assert f"{tmp_path / 'nope'}: no such folder" in export_refusal(tmp_path / "nope")
+    assert f"{tmp_path / 'nope' / 'adapter_config.json'}: no such file" in export_refusal(tmp_path / "nope")
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
@@ -354,13 +355,13 @@ def test_export_refuses_a_truncated_adapter(export_refusal: Callable[..., str], 
 def test_export_refuses_an_adapter_whose_shapes_are_another_bases(export_refusal: Callable[..., str], write_adapter):
     name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
     message = export_refusal(write_adapter(seed=1, tensors={name: np.ones((4, 48))}))
-    assert "'bert.encoder.layer.0.attention.self.query' needs a base weight of shape (32, 48), but the base has (32, 32)" in message
+    assert "'bert.encoder.layer.0.attention.self.query' fits a base tensor of shape (32, 48), but the base has (32, 32)" in message
 
 
 def test_export_refuses_an_adapter_that_names_modules_of_another_base(export_refusal: Callable[..., str], write_adapter):
     module = "base_model.model.bert.encoder.layer.7.attention.self.query"
     tensors = {f"{module}.lora_A.weight": np.ones((4, 32)), f"{module}.lora_B.weight": np.ones((32, 4))}
-    assert "module 'bert.encoder.layer.7.attention.self.query' is not in the base" in export_refusal(write_adapter(seed=1, tensors=tensors))
+    assert "module 'bert.encoder.layer.7.attention.self.query' has no weight in the base" in export_refusal(write_adapter(seed=1, tensors=tensors))
 
 
 def test_export_refuses_an_adapter_that_records_another_base(export_refusal: Callable[..., str], write_adapter):

@@ -17,11 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 
-from exporter.arms import _add_branch, bundled_adapter, merged_graph, unadapted_graph, unmerged_graph
+from exporter.arms import _add_branch, bundled_changes, merged_graph, unadapted_graph, unmerged_graph
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.digest import graph_digest
 from lora.adapter import LowRank
 from lora.errors import ExportError
+from lora.peft import read_peft
 from lora.tensorfile import Array
 
 TASKS = pytest.mark.parametrize("task", [MOVIES, SUPERSENSE], ids=lambda task: task.name)
@@ -96,10 +97,11 @@ def test_the_unadapted_graph_is_the_base_model_with_the_tasks_head(real_bundle: 
     assert_close(run_graph(unadapted_graph(real_bundle, task.name), real_bundle.path, inputs), torch_outputs(model, inputs))
 
 
-def test_the_bundled_adapter_is_the_one_given(real_bundle: Bundle):
-    adapter = bundled_adapter(real_bundle, "movies")
-    assert adapter.sha256 == real_bundle.task("movies").adapter_sha256
-    assert len(adapter.updates) == 12
+def test_the_bundled_changes_are_those_of_the_adapter_that_was_given(real_bundle: Bundle):
+    changes = [change for own in bundled_changes(real_bundle, "movies").values() for change in own]
+    given = {change.module: change for change in read_peft(MOVIES.adapter).changes if isinstance(change, LowRank)}
+    assert len(given) == 12
+    assert all(np.array_equal(change.b, given[change.module].b) for change in changes if isinstance(change, LowRank))
 
 
 # --- The branch itself, on graphs made by hand ---------------------------------------------------------------------
@@ -135,9 +137,9 @@ READERS = {
 def test_a_branch_adds_what_merging_would_have(nodes: list[onnx.NodeProto], order: tuple[int, int], dtype: type):
     random = np.random.default_rng(0)
     weight, a, b, x = (random.normal(size=size).astype(dtype) for size in ((5, 3), (2, 3), (5, 2), (4, 3)))
-    update = LowRank("layer", a.astype(np.float32), b.astype(np.float32), scaling=2.5)
+    update = LowRank("layer", a.astype(np.float32), b.astype(np.float32), rank=2, scaling=2.5)
     unmerged = graph_with(nodes, weight.transpose(order))
-    _add_branch(unmerged, update)
+    _add_branch(unmerged, "layer.weight", update)
     merged = run(graph_with(nodes, (weight + 2.5 * b @ a).astype(dtype).transpose(order)), x)
     np.testing.assert_allclose(run(unmerged, x), merged, rtol=1e-4, atol=1e-5)
 
@@ -153,6 +155,6 @@ def test_a_branch_adds_what_merging_would_have(nodes: list[onnx.NodeProto], orde
     ids=["Gather", "on the left", "transposed input", "scaled product"],
 )
 def test_a_weight_that_is_read_in_a_way_the_branch_does_not_know_is_refused_by_name(node: onnx.NodeProto):
-    update = LowRank("layer", np.ones((2, 3), np.float32), np.ones((5, 2), np.float32), scaling=1.0)
+    update = LowRank("layer", np.ones((2, 3), np.float32), np.ones((5, 2), np.float32), rank=2, scaling=1.0)
     with pytest.raises(ExportError, match=rf"'layer\.weight' is read by a {node.op_type} .*; expected x · W by MatMul or Gemm"):
-        _add_branch(graph_with([node], np.ones((3, 5), np.float32)), update)
+        _add_branch(graph_with([node], np.ones((3, 5), np.float32)), "layer.weight", update)

@@ -24,7 +24,7 @@ HEAD = ("classifier.weight", "classifier.bias")
 
 def adapter_with(task_type: str | None = "SEQ_CLS", **saved: tuple[int, ...]) -> Adapter:
     replacements = tuple(Replacement(name.replace("__", "."), np.zeros(shape, np.float32)) for name, shape in saved.items())
-    return Adapter(Path("adapter"), (), "0", task_type, (), replacements)
+    return Adapter(Path("adapter"), "PEFT", (), "0", tuple(replacements), task_type)
 
 
 @pytest.fixture

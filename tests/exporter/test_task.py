@@ -252,18 +252,18 @@ ADAPTERS: dict[str, tuple[dict, type[LorafuseError], tuple[str, ...]]] = {
     "of a model with other modules": (
         {"tensors": {f"base_model.model.roberta.q.lora_{factor}.weight": np.ones((4, 32) if factor == "A" else (32, 4)) for factor in "AB"}},
         AdapterError,
-        ("module 'roberta.q' is not in the base",),
+        ("module 'roberta.q' has no weight in the base",),
     ),
     "of a base with another fingerprint": ({"metadata": {"base_sha256": "f" * 64}}, AdapterError, ("trained on the base with SHA-256 ffffffffffff…",)),
     "with a tensor nobody consumes": ({"tensors": {f"{QUERY}.lora_magnitude_vector": np.ones(32)}}, AdapterError, (f"{QUERY}.lora_magnitude_vector",)),
     "with a module the graph lacks": ({"tensors": {"base_model.model.score.weight": np.ones((2, 32))}}, ExportError, ("'score.weight' has no place",)),
-    "that changes nothing": ({"tensors": NO_CHANGE}, AdapterError, ("changes none of its 4 target weights", "lora_B is zero")),
-    "with half of a factor pair": ({"tensors": {f"{QUERY}.lora_B.weight": None}}, AdapterError, (f"{QUERY}.lora_A.weight", "no lora_B")),
+    "that changes nothing": ({"tensors": NO_CHANGE}, AdapterError, ("changes none of the 4 target weights", "lora_B is zero")),
+    "with half of a factor pair": ({"tensors": {f"{QUERY}.lora_B.weight": None}}, AdapterError, (f"{QUERY}.lora_B.weight", "is missing")),
     "that holds NaN": ({"tensors": {f"{QUERY}.lora_A.weight": np.full((4, 32), np.nan)}}, AdapterError, (f"{QUERY}.lora_A.weight", "NaN")),
     "without a head": ({"tensors": {f"base_model.model.{name}": None for name in HEAD}}, ExportError, ("holds no trained head", "modules_to_save")),
     "with half a head": ({"tensors": {"base_model.model.classifier.bias": None}}, ExportError, ("'classifier.bias'", "neither in the base nor in the adapter")),
     "of another task type": ({"config": {"task_type": "CAUSAL_LM"}}, ExportError, ("task_type 'CAUSAL_LM'", "SEQ_CLS")),
-    "with a field that can't be merged": ({"config": {"use_dora": True}}, AdapterError, ("adapter_config.json", "use_dora")),
+    "with a field that can't be merged": ({"config": {"use_qalora": True}}, AdapterError, ("adapter_config.json", "use_qalora")),
 }
 
 
@@ -288,7 +288,7 @@ def test_export_refuses_an_adapter_with_a_damaged_file(tiny_copy: Path, tiny_bas
 
 
 def test_export_refuses_a_folder_that_is_no_adapter(tiny_copy: Path, tiny_base: Path, tmp_path: Path, refuses):
-    with refuses(AdapterError, str(tmp_path / "nowhere"), "no such folder"):
+    with refuses(AdapterError, str(tmp_path / "nowhere"), "no such file"):
         export_task(Request(tiny_base, tmp_path / "nowhere", "second"), tiny_copy)
 
 

@@ -1,0 +1,118 @@
+"""Reading a diffusers pipeline's file: ``<component>.<module>.<slot>``, in ``pytorch_lora_weights.safetensors``.
+
+Slots are PEFT's, or older spellings of the same. The configuration is PEFT's too, one per component, as JSON in the file's
+metadata; a file without it has a scalar ``alpha`` beside the factors, or a scaling of 1.
+Format: https://huggingface.co/docs/diffusers/using-diffusers/other-formats
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lora.adapter import Adapter, Change, Layout, LowRank
+from lora.components import choose
+from lora.errors import AdapterError
+from lora.factors import Factors, identity, open_factors
+from lora.peft import LINEAR_A, LINEAR_B, MAGNITUDE, peft_changes
+from lora.peft_config import PeftConfig, parse_config
+
+WEIGHTS, PICKLE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
+METADATA = "lora_adapter_metadata"
+ALPHA = ".alpha"
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+COMPONENT = re.compile(rf"({'|'.join(COMPONENTS)})\.")
+# diffusers 0.18 to 0.2x; still written by its training scripts. The text encoders have the second.
+SPELLED_DOWN_UP = re.compile(r"\.(?:lora|lora_linear_layer)\.(down|up)\.weight$")
+# Before, the factors belonged to the attention's processor and not to its layers.
+OF_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
+OF_TEXT_PROCESSOR = re.compile(r"\.to_(q|k|v|out)_lora\.")
+PROCESSOR_LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+SLOTS = {"down": LINEAR_A, "up": LINEAR_B}
+
+
+def read_diffusers(path: Path, component: str | None = None) -> Adapter:
+    """Read the updates of one component from a file, or from the folder that holds it under its usual name.
+
+    ``component`` may be left out when the file has one only; the adapter's ``skipped`` names those that were not read.
+    Raises AdapterError when the file can't be read, a tensor or field can't be honoured, or the component is not clear.
+    """
+    file = _weights(path) if path.is_dir() else path
+    factors, metadata = open_factors(file)
+    components = {key: _component(file, key) for key in factors.names()}
+    present = set(components.values())
+    chosen = choose(file, present, component)
+    keys = _canonical(file, [key for key, name in components.items() if name == chosen], f"{chosen}.")
+    config = _config(file, metadata, f"{chosen}.")
+    ours = factors.renamed(keys)
+    return Adapter(
+        path=path,
+        format="diffusers",
+        files=(file,),
+        sha256=identity((file,)),
+        changes=peft_changes(ours, config, "") if config else _changes(ours),
+        skipped=tuple(sorted(present - {chosen})),
+    )
+
+
+def _weights(folder: Path) -> Path:
+    return folder / (PICKLE if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists() else WEIGHTS)
+
+
+def _component(path: Path, key: str) -> str:
+    match = COMPONENT.match(key)
+    if match is None:
+        raise AdapterError(f"{path}: tensor '{key}' belongs to no component; expected {', '.join(f'{name}.' for name in COMPONENTS)} before its name")
+    return match[1]
+
+
+def _canonical(path: Path, keys: list[str], prefix: str) -> dict[str, str]:
+    """{the key in PEFT's spelling, without the component: the file's key}."""
+    canonical: dict[str, str] = {}
+    for key in keys:
+        name = _spelled_as_peft(path, key.removeprefix(prefix), key)
+        if canonical.setdefault(name, key) != key:
+            raise AdapterError(f"{path}: tensors '{canonical[name]}' and '{key}' are two spellings of one; save the adapter again")
+    return canonical
+
+
+def _spelled_as_peft(path: Path, name: str, key: str) -> str:
+    if (old := OF_PROCESSOR.search(name)) is not None:
+        return f"{name[: old.start()]}.{PROCESSOR_LAYERS[old[1]]}{SLOTS[old[2]]}"
+    if OF_TEXT_PROCESSOR.search(name):
+        raise AdapterError(f"{path}: tensor '{key}' is spelled as by diffusers before 0.18, which is not understood here; load and save it with a newer one")
+    return SPELLED_DOWN_UP.sub(lambda match: SLOTS[match[1]], name)
+
+
+def _config(path: Path, metadata: dict[str, str], prefix: str) -> PeftConfig | None:
+    """The component's configuration in the metadata, whose fields bear the component's name as a prefix."""
+    if METADATA not in metadata:
+        return None
+    try:
+        fields: Any = json.loads(metadata[METADATA])
+    except ValueError as error:
+        raise AdapterError(f"{path}: the metadata '{METADATA}' is not JSON ({error}); save the adapter again") from error
+    if not isinstance(fields, dict):
+        raise AdapterError(f"{path}: the metadata '{METADATA}' is a {type(fields).__name__}; expected an object of fields, save the adapter again")
+    ours = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+    return parse_config(path, json.dumps(ours).encode()) if ours else None
+
+
+def _changes(factors: Factors) -> tuple[Change, ...]:
+    """What the tensors alone say: the rank by their shape, alpha by a scalar or not at all."""
+    for key in factors.names():
+        if key.endswith(MAGNITUDE):
+            raise AdapterError(f"{factors.path}: tensor '{factors.spelling(key)}' is DoRA's, but the file has no configuration; save it with a newer diffusers")
+    modules = [key.removesuffix(LINEAR_A) for key in factors.names() if key.endswith(LINEAR_A)]
+    changes = tuple(_low_rank(factors, module) for module in modules)
+    factors.done()
+    return changes
+
+
+def _low_rank(factors: Factors, module: str) -> LowRank:
+    a, b = factors.take_pair(module + LINEAR_A, module + LINEAR_B, None, module)
+    rank = a.shape[0]
+    layout: Layout = "conv" if a.ndim > 2 else "linear"
+    return LowRank(module, a, b, rank, factors.take_alpha(module + ALPHA, rank) / rank, layout)
