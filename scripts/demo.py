@@ -21,7 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
-from demo_tasks import ROOT, TASKS, Example, Task, base_model, held_out
+from demo_tasks import ROOT, TASKS, Example, Task, held_out
+from packaged_files import minilm
 
 from engines.stages import runners
 from engines.text import TextEncoder
@@ -76,7 +77,7 @@ def demonstrate(task: Task, seconds: float) -> tuple[tuple[str, ...], bool]:
     """Export, build, verify, evaluate and time one task; return its row of the table and whether it is sound."""
     print(f"\n== {task.name} ==", flush=True)
     labels = ["--labels", ",".join(task.labels)] if task.labels else []
-    added = lorafuse_json("export", base_model(), task.adapter, "--task", task.name, *labels, "--out", BUNDLE)["bytes_added"]
+    added = lorafuse_json("export", minilm(), task.adapter, "--task", task.name, *labels, "--out", BUNDLE)["bytes_added"]
     print(f"   added to the bundle: {', '.join(f'{what} {megabytes(size)}' for what, size in added.items())}")
     lorafuse_json("build", BUNDLE, "--task", task.name, "--backend", "onnxruntime")
     lorafuse_json("build", BUNDLE, "--task", task.name, "--backend", "tensorrt-rtx", "--compute-capability", "8.9")
@@ -145,7 +146,7 @@ def peft_runner(task: Task) -> Runner:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(base_model(), num_labels=len(task.labels) or 1)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=len(task.labels) or 1)
     model = peft.PeftModel.from_pretrained(base, task.adapter).eval()
 
     def run(inputs: Mapping[str, Array]) -> Array:

