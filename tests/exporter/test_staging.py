@@ -187,7 +187,7 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("staging_tests", sys.argv[2])
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-sees_writes = True
+sees_writes, stride = True, 1
 
 def prepare(bundle):
     bundle.parent.mkdir(parents=True)

@@ -435,7 +435,7 @@ from pathlib import Path
 from exporter.task import Request, export_task
 
 base, adapter, source, own = map(Path, sys.argv[2:6])
-sees_writes = False
+sees_writes, stride = False, 3
 shutil.copytree(source, own)  # linked to below; ONNX refuses to read a file with several links, so the session's own must not be
 
 def prepare(bundle):
@@ -453,7 +453,7 @@ def test_an_export_killed_at_any_step_leaves_the_old_or_the_new_bundle(
     bundles = killed_at_every_step(EXPORT, tiny_base, write_adapter(seed=1), tiny_bundle.path, tmp_path / "own", task)
     manifests = [(bundle / "manifest.json").read_bytes() for bundle in bundles]
     old, new = encode(tiny_bundle.manifest), manifests[-1]
-    assert len(bundles) > 50
+    assert len(bundles) > 20
     assert manifests == sorted(manifests, key=[old, new].index)
     assert set(manifests) == {old, new}
     for bundle in bundles:
