@@ -105,6 +105,8 @@ def inspect(
         rows = [(row.module, row.kind, str(row.rank or ""), f"{row.scaling:g}" if row.rank else "", row.shape, row.tensor or "?") for row in found.rows]
         title = f"{adapter}: {found.format or 'not readable'}, {len(found.rows)} changes, {megabytes(found.size)}"
         print_table(title, ("module", "change", "rank", "scaling", "shape", "changes"), rows)
+        if found.skipped:
+            print(f"left out, because they are for other models: {', '.join(found.skipped)}")
         print(found.verdict)
     raise typer.Exit(NO if found.refused else DONE)
 
@@ -138,6 +140,8 @@ def _print_written(written: Written) -> None:
     title = f"{written.folder}: {len(written.changed)} tensors changed; the worst in rounding"
     print_table(title, ("tensor", "stored as", "update lost", "weights unchanged", ""), rows)
     print(f"formula: {written.formula}")
+    if written.skipped:
+        print(f"not merged, because they are for other models: {', '.join(written.skipped)}")
     if written.untied:
         print("the output embedding was tied to the input's; the two now differ, and config.json says so")
     warned = sum(survival.warns for survival in written.survivals)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora.base import open_base
@@ -36,4 +36,5 @@ def merge_folder(sources: Sources, out: Path, storing: Storing, blending: Blendi
             check_base(weighted.adapter, base.fingerprint())
     targets = combined(base.tensors, adapters, blending)
     progress("merging")
-    return write_merged(base, targets, ", ".join(str(path) for path, _ in sources.adapters), out, storing)
+    written = write_merged(base, targets, ", ".join(str(path) for path, _ in sources.adapters), out, storing)
+    return replace(written, skipped=tuple(sorted({name for weighted in adapters for name in weighted.adapter.skipped})))

@@ -29,7 +29,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All changes; ``refused`` says why a merge would be refused, ``verdict`` puts the answer in words. Size in bytes."""
+    """All changes; ``refused`` says why a merge would be refused, ``verdict`` puts the answer in words. Size in bytes.
+
+    ``skipped`` are the components of the file that are for other models.
+    """
 
     format: str | None
     sha256: str | None
@@ -38,6 +41,7 @@ class Inspection:
     rows: tuple[Row, ...]
     refused: str | None
     verdict: str
+    skipped: tuple[str, ...] = ()
 
 
 def inspect_adapter(path: Path, base: Path | None, options: ReadOptions, dequantize: bool = False) -> Inspection:
@@ -56,7 +60,7 @@ def inspect_adapter(path: Path, base: Path | None, options: ReadOptions, dequant
         names, refused = {}, str(error)
     rows = tuple(_row(change, names.get(index)) for index, change in enumerate(adapter.changes))
     verdict = f"refused: {refused}" if refused else f"fits {base}" if base is not None else "readable; give --base to see whether it fits"
-    return Inspection(adapter.format, adapter.sha256, adapter.task_type, size, rows, refused, verdict)
+    return Inspection(adapter.format, adapter.sha256, adapter.task_type, size, rows, refused, verdict, adapter.skipped)
 
 
 def _tensors(adapter: Adapter, base: Path, dequantize: bool) -> Mapping[int, str]:

@@ -44,13 +44,17 @@ class Storing:
 
 @dataclass(frozen=True)
 class Written:
-    """What a merge wrote: by which formula, its changed tensors, what rounding cost each, whether it untied the output embedding."""
+    """What a merge wrote: by which formula, its changed tensors, what rounding cost each, whether it untied the output embedding.
+
+    ``skipped`` are the components of the adapters' files that are for other models and were not merged.
+    """
 
     folder: Path
     formula: str
     changed: tuple[str, ...]
     survivals: tuple[Survival, ...]
     untied: bool
+    skipped: tuple[str, ...] = ()
 
 
 def write_merged(base: Base, targets: Targets, source: object, out: Path, storing: Storing) -> Written:

@@ -78,6 +78,21 @@ def test_inspect_says_when_the_base_is_another(base: Path, tmp_path: Path):
     assert (done.returncode, "the adapter was trained on another model" in done.stdout) == (1, True)
 
 
+def kohya(path: Path) -> Path:
+    tensors = {f"lora_{part}_layer.lora_{slot}.weight": values for part in ("unet", "te") for slot, values in (("down", A), ("up", B))}
+    save_file(tensors, path)
+    return path
+
+
+def test_components_of_other_models_are_left_out_and_named(base: Path, tmp_path: Path):
+    file = kohya(tmp_path / "kohya.safetensors")
+    assert "say which component is to be merged" in lorafuse("merge", base, file, "--out", tmp_path / "out").stderr
+    for command in (("merge", base, file, "--out", tmp_path / "out"), ("inspect", file, "--base", base)):
+        done = lorafuse(*command, "--component", "unet")
+        assert (done.returncode, "because they are for other models: te\n" in done.stdout) == (0, True), done.stderr
+    np.testing.assert_allclose(load_file(tmp_path / "out/model.safetensors")["layer.weight"], 1 + B @ A, rtol=1e-5)
+
+
 BAD = {
     "give one adapter as an argument, or several": ("{base}", "--out", "{tmp}/out"),
     "is not a number; expected ADAPTER=WEIGHT": ("{base}", "--adapter", "{a}=x", "--out", "{tmp}/out"),
