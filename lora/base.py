@@ -152,14 +152,15 @@ def _dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_names(path: Path, stored: Mapping[str, Array], known: set[str]) -> None:
+def _check_names(path: Path, stored: Checkpoint, known: set[str]) -> None:
     """Refuse weights that are quantized though no file says so: by the tensors' names, or a matrix of integers."""
     for name in stored:
         for (first, *others), method in SIGNATURES:
             if name.endswith(first) and all(name.removesuffix(first) + other in stored for other in others):
                 raise _refusal(path, method, f" by tensor '{name}'")
-        if name.endswith(".weight") and name not in known and stored[name].ndim > 1 and stored[name].dtype.kind in "iub":
-            raise _refusal(path, "not named", f" by tensor '{name}' of {stored[name].dtype}")
+        span = stored.span(name)
+        if name.endswith(".weight") and name not in known and len(span.shape) > 1 and span.dtype.kind in "iub":
+            raise _refusal(path, "not named", f" by tensor '{name}' of {span.dtype}")
 
 
 def _refusal(path: Path, method: str, where: str = "") -> CheckpointError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import CheckpointError
-from lora.tensorfile import Array, TensorFile, file_sha256
+from lora.tensorfile import Array, Span, TensorFile, file_sha256
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # The output embedding of transformers' language models, and the names of the input embedding that it may be tied to.
@@ -34,6 +34,15 @@ class Checkpoint(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         stored = self.tied.get(name, name)
         return self.home[stored][stored]
+
+    def span(self, name: str) -> Span:
+        """A tensor's dtype, shape and place in its file, without mapping it."""
+        stored = self.tied.get(name, name)
+        return self.home[stored].spans[stored]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without mapping it."""
+        return self.span(name).shape
 
     def __contains__(self, name: object) -> bool:
         return name in self.home or name in self.tied

@@ -24,17 +24,18 @@ def changed(change: Change, tensor: Array | None, dtype: Float = np.float32) -> 
     assert tensor is not None
     match change:
         case LowRank():
-            updated = tensor.astype(dtype) + delta(change, tensor.shape, dtype)
-            return updated if change.magnitude is None else _with_magnitude(updated, change.magnitude.astype(dtype), change.layout)
+            updated: Any = tensor.astype(dtype)  # a copy
+            updated += delta(change, tensor.shape, dtype)
+            return np.asarray(updated) if change.magnitude is None else _with_magnitude(updated, change.magnitude.astype(dtype), change.layout)
         case Blend():
             return np.asarray(tensor.astype(dtype) + blended(change, [delta(update, tensor.shape, dtype) for update in change.updates]))
         case Increment():
             scaling: Any = dtype(change.scaling)
             return np.asarray(tensor.astype(dtype) + scaling * change.value.astype(dtype))
         case Rows():
-            updated = tensor.astype(dtype)
-            updated[list(change.rows)] = change.values.astype(dtype)
-            return updated
+            replaced = np.array(tensor, dtype)
+            replaced[list(change.rows)] = change.values.astype(dtype)
+            return replaced
 
 
 def delta(update: LowRank, shape: tuple[int, ...], dtype: Float = np.float32) -> Array:
@@ -43,17 +44,17 @@ def delta(update: LowRank, shape: tuple[int, ...], dtype: Float = np.float32) ->
     b: Any = update.b.astype(dtype)
     scaling: Any = dtype(update.scaling)
     match update.layout:
-        case "linear":
-            return np.asarray((b @ a) * scaling)
+        case "linear" | "view":
+            product = b @ a
         case "transposed":
-            return np.asarray((b @ a).T * scaling)
+            product = a.T @ b.T  # (B · A)ᵀ, contiguous as the weight is
         case "conv":
             # Each output channel mixes the rank's kernels: B has extent 1, so composing is one product over the rank.
-            return np.asarray((b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)).reshape(shape) * scaling)
-        case "view":
-            return np.asarray((b @ a).reshape(shape) * scaling)
+            product = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
         case "experts":
-            return _experts(a, b, shape, scaling)
+            product = _experts(a, b, shape)
+    product *= scaling
+    return np.asarray(product.reshape(shape))
 
 
 def error_bound(change: Change, tensor: Array) -> Array:
@@ -80,7 +81,7 @@ def error_bound(change: Change, tensor: Array) -> Array:
     return np.zeros(tensor.shape)
 
 
-def _experts(a: Array, b: Array, shape: tuple[int, ...], scaling: Any) -> Array:
+def _experts(a: Array, b: Array, shape: tuple[int, ...]) -> Any:
     """Per expert e: ``B[:, :, e] · A[e]``, laid out (experts, in, out) or (experts, out, in) as the weight is.
 
     A stacks the experts along its first axis; B interleaves them along its second, with the expert running fastest.
@@ -89,8 +90,8 @@ def _experts(a: Array, b: Array, shape: tuple[int, ...], scaling: Any) -> Array:
     rank_each = a.shape[0] // experts
     stacked_a = a.reshape(experts, rank_each, a.shape[1])
     stacked_b = np.moveaxis(b.reshape(b.shape[0], rank_each, experts), 2, 0)
-    product = np.matmul(stacked_b, stacked_a) * scaling
-    return np.asarray(product if shape[1:] == (b.shape[0], a.shape[1]) else np.swapaxes(product, 1, 2))
+    product = np.matmul(stacked_b, stacked_a)
+    return product if shape[1:] == (b.shape[0], a.shape[1]) else np.swapaxes(product, 1, 2)
 
 
 def _with_magnitude(updated: Array, magnitude: Array, layout: str) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows
 from lora.errors import AdapterError
-from lora.tensorfile import Array
+from lora.tensorfile import Array, shape_of
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def _place(adapter: Adapter, change: Change, base: Mapping[str, Array], rename: 
         name = next((name for name in candidates if name in base), candidates[0])
         if change.among and name not in base:
             raise AdapterError(f"{adapter.path}: the base has no '{' or '.join(change.among)}'; the adapter was trained on another model")
-        if name in base and base[name].shape != change.value.shape:
-            raise _misfit(adapter, change.parameter, base[name].shape, (change.value.shape,))
+        if name in base and shape_of(base, name) != change.value.shape:
+            raise _misfit(adapter, change.parameter, shape_of(base, name), (change.value.shape,))
         return Placed(name, change)
     module = rename(change.module)
     names = [f"{module}.{parameter}" if module else parameter for parameter in change.parameters]
@@ -54,9 +54,9 @@ def _place(adapter: Adapter, change: Change, base: Mapping[str, Array], rename: 
         kind = "bias" if isinstance(change, Increment) else "weight"
         raise AdapterError(f"{adapter.path}: module '{change.module}' has no {kind} in the base ('{names[0]}'); the adapter was trained on another model")
     if isinstance(change, LowRank):
-        name = present[0] if change.layout != "experts" else _expert_parameter(adapter, change, {name: base[name].shape for name in present})
-        return Placed(name, _with_layout(adapter, change, base[name].shape))
-    shape = base[present[0]].shape
+        name = present[0] if change.layout != "experts" else _expert_parameter(adapter, change, {name: shape_of(base, name) for name in present})
+        return Placed(name, _with_layout(adapter, change, shape_of(base, name)))
+    shape = shape_of(base, present[0])
     expected = change.value.shape if isinstance(change, Increment) else (shape[0], *change.values.shape[1:])
     if shape != expected or (isinstance(change, Rows) and not all(0 <= row < shape[0] for row in change.rows)):
         raise _misfit(adapter, change.module, shape, (expected,))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from lora.adapter import Adapter, Blend, Change, LowRank
 from lora.delta import Float, changed
@@ -15,13 +20,17 @@ from lora.tensorfile import Array
 
 Targets = Mapping[str, Sequence[Change]]  # {parameter: its changes}, from lora.fit or lora.combine
 Dtypes = Mapping[str, np.dtype[Any]]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+THREADS = min(4, os.cpu_count() or 1)  # each holds one tensor and its working copies
 
 
 @dataclass(frozen=True)
 class Merged:
     """A changed tensor: as it is stored, before that rounding (float32), and as the base has it (None: a new head).
 
-    ``unchanged`` of its elements are bit for bit the base's.
+    ``unchanged`` of its elements are bit for bit the base's; ``lost`` is ‖stored − exact‖ / ‖exact − base‖, the share of
+    the update that rounding took away.
     """
 
     parameter: str
@@ -29,6 +38,7 @@ class Merged:
     exact: Array
     base: Array | None
     unchanged: int
+    lost: float
 
 
 def merge(base: Mapping[str, Array], targets: Targets, source: object, dtypes: Dtypes | None = None) -> Iterator[Merged]:
@@ -39,8 +49,8 @@ def merge(base: Mapping[str, Array], targets: Targets, source: object, dtypes: D
     Raises AdapterError when a tensor overflows its dtype, or no weight changes at all.
     """
     updated = differing = 0
-    for parameter, changes in targets.items():
-        merged = _merge_one(base, parameter, changes, dtypes or {})
+    for merged, changes in _ahead(targets.items(), lambda target: (_merge_one(base, *target, dtypes or {}), target[1])):
+        parameter = merged.parameter
         if not _is_finite(merged):
             raise AdapterError(f"{source}: merging into '{parameter}' overflows {merged.stored.dtype}; store it in a wider dtype")
         differs = merged.unchanged < merged.stored.size
@@ -59,7 +69,9 @@ def merge(base: Mapping[str, Array], targets: Targets, source: object, dtypes: D
 def _is_finite(merged: Merged) -> bool:
     """The exact values decide for a dtype of float32's range, without a look at the narrow ones."""
     values = merged.stored if merged.stored.dtype == np.float16 else merged.exact
-    return bool(np.isfinite(values).all())
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum(dtype=np.float32)  # one infinity or NaN makes the sum one; it is found without a second array
+    return bool(np.isfinite(total) or np.isfinite(values).all())
 
 
 def apply(changes: Sequence[Change], tensor: Array | None, dtype: Float = np.float32) -> Array:
@@ -85,7 +97,28 @@ def _merge_one(base: Mapping[str, Array], parameter: str, changes: Sequence[Chan
         exact = apply(changes, before)
         stored_as = dtypes.get(parameter) or (before.dtype if before is not None else exact.dtype)
         stored = exact.astype(stored_as, copy=False)
-    return Merged(parameter, stored, exact, before, _equal_bits(stored, before))
+    return Merged(parameter, stored, exact, before, _equal_bits(stored, before), _lost(stored, exact, before))
+
+
+@functools.cache
+def _threadpools() -> ThreadpoolController:
+    """The native thread pools of this process; finding them takes milliseconds."""
+    return ThreadpoolController()
+
+
+def _ahead(items: Iterable[Item], make: Callable[[Item], Result]) -> Iterator[Result]:
+    """``make`` of each item, in order, computed in threads a few items ahead: numpy's loops leave the interpreter free.
+
+    BLAS gets one thread meanwhile: its own would contend with these.
+    """
+    with _threadpools().limit(limits=1, user_api="blas"), ThreadPoolExecutor(THREADS) as pool:
+        pending: deque[Future[Result]] = deque()
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) > THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _equal_bits(stored: Array, base: Array | None) -> int:
@@ -93,3 +126,18 @@ def _equal_bits(stored: Array, base: Array | None) -> int:
         return 0
     bits = np.dtype(f"u{stored.dtype.itemsize}")
     return int(np.count_nonzero(stored.view(bits) == base.view(bits)))
+
+
+def _lost(stored: Array, exact: Array, base: Array | None) -> float:
+    if base is None or stored.dtype == exact.dtype:
+        return 0.0
+    error, update = stored.astype(np.float32), base.astype(np.float32)  # copies, worked on in place
+    error -= exact
+    update -= exact
+    size = _norm(update)
+    return _norm(error) / size if size else 0.0
+
+
+def _norm(values: Array) -> float:
+    flat = values.reshape(-1)
+    return float(np.sqrt(np.dot(flat, flat)))

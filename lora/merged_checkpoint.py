@@ -26,7 +26,7 @@ from lora.errors import CheckpointError
 from lora.merge import Dtypes, Merged, Targets, merge
 from lora.patched_copy import patched_copy
 from lora.survival import Survival, survival
-from lora.tensorfile import Array, Lazy, TensorFile, TensorWriter, write_tensors
+from lora.tensorfile import Array, Lazy, TensorFile, TensorWriter, shape_of, write_tensors
 
 CHANGED, ADDED = "changed.safetensors", "model-added.safetensors"
 FORMAT = {"format": "pt"}  # transformers asks for it
@@ -87,14 +87,14 @@ def _stream(base: Mapping[str, Array], targets: Targets, source: object, storing
     for merged in merge(base, targets, source, dtypes):
         cost = survival(merged)
         if cost is not None and cost.warns and storing.keep_wide:
-            merged = replace(merged, stored=merged.exact)
+            merged = replace(merged, stored=merged.exact, unchanged=0, lost=0.0)
             cost = survival(merged)
         if cost is not None:
             report.append(cost)
         yield merged
     if _unties(base, targets) and OUTPUT_EMBEDDING not in targets:
         tied = base[OUTPUT_EMBEDDING]
-        yield Merged(OUTPUT_EMBEDDING, np.asarray(tied), np.asarray(tied), None, 0)
+        yield Merged(OUTPUT_EMBEDDING, np.asarray(tied), np.asarray(tied), None, 0, 0.0)
 
 
 def _write_stream(path: Path, base: Mapping[str, Array], targets: Targets, stream: Iterator[Merged]) -> list[str]:
@@ -151,7 +151,7 @@ def _rewrite(stage: Path, base: Mapping[str, Array], targets: Targets, stream: I
 def _expected(base: Mapping[str, Array], targets: Targets) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """At most these tensors change; float64 stands for whatever dtype they end in."""
     names = {*targets, *_tied(base)}
-    shapes = {name: base[name].shape if name in base else _replaced_shape(targets[name]) for name in names}
+    shapes = {name: shape_of(base, name) if name in base else _replaced_shape(targets[name]) for name in names}
     return {name: (np.dtype(np.float64), shape) for name, shape in shapes.items()}
 
 

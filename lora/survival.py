@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from lora.merge import Merged
-from lora.tensorfile import Array
 
 # Above this share of the update lost, the stored tensor is hardly the adapter's any more.
 WARN_ABOVE = 0.1
@@ -35,11 +32,4 @@ def survival(merged: Merged) -> Survival | None:
     """The report on one tensor; None for a tensor that the base does not have, which nothing was added to."""
     if merged.base is None:
         return None
-    base = merged.base.astype(np.float32, copy=False)
-    lost, update = _norm(merged.stored.astype(np.float32, copy=False) - merged.exact), _norm(merged.exact - base)
-    return Survival(merged.parameter, merged.stored.dtype.name, lost / update if update else 0.0, merged.unchanged / merged.stored.size)
-
-
-def _norm(values: Array) -> float:
-    flat = values.reshape(-1)
-    return float(np.sqrt(np.dot(flat, flat)))
+    return Survival(merged.parameter, merged.stored.dtype.name, merged.lost, merged.unchanged / merged.stored.size)

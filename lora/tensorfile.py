@@ -70,11 +70,21 @@ class TensorFile(Mapping[str, Array]):
             return np.empty(span.shape, span.dtype)
         return np.memmap(self.path, span.dtype, "r", span.offset, span.shape)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without mapping it."""
+        return self.spans[name].shape
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.spans)
 
     def __len__(self) -> int:
         return len(self.spans)
+
+
+def shape_of(tensors: Mapping[str, Array], name: str) -> tuple[int, ...]:
+    """A tensor's shape, without reading it where ``tensors`` can tell (a file, a checkpoint, a quantized base)."""
+    shape = getattr(tensors, "shape", None)
+    return tuple(shape(name)) if shape is not None else tensors[name].shape
 
 
 def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -139,6 +149,8 @@ class TensorWriter:
         self._header[name] = _entry(values.dtype, values.shape, start, start + values.nbytes)
         if values.size:
             self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+            # Starts writing to the disk now, while the next tensor is made: the flush at the end has less to wait for.
+            os.posix_fadvise(self._file.fileno(), 0, self._file.tell(), os.POSIX_FADV_DONTNEED)
 
     def __enter__(self) -> Self:
         return self
