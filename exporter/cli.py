@@ -1,15 +1,21 @@
-"""``lorafuse export``."""
+"""``lorafuse export`` and ``lorafuse bundle``."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora.terminal import megabytes, print_json, print_table, progress
+from lora.terminal import DONE, NO, megabytes, print_json, print_table, progress
 
 app = typer.Typer()
+bundle_app = typer.Typer(no_args_is_help=True, help="Look into a bundle, check it, and remove tasks.")
+app.add_typer(bundle_app, name="bundle")
+
+BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -19,7 +25,7 @@ def export(
     task: Annotated[str, typer.Option(help="Name of the task in the bundle.")],
     out: Annotated[Path, typer.Option(help="The bundle; created if there is none, else the task is added to it.")],
     labels: Annotated[str, typer.Option(help="Class labels, comma-separated, in the order of the head's outputs.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base and write the task into a bundle.
 
@@ -44,3 +50,55 @@ def export(
     traced = "base traced" if exported.traced else "graph reused"
     rows = [(what, megabytes(size)) for what, size in added.items()]
     print_table(f"{task} → {out}: {len(exported.changed)} tensors changed, {traced}", ("added to the bundle", "size"), rows)
+
+
+@bundle_app.command("ls")
+def list_tasks(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """List the tasks of a bundle, what each adds to it, and its engines.
+
+    Example: lorafuse bundle ls bundle
+    """
+    from exporter.bundle.listing import base_size, listing
+    from exporter.bundle.manifest import open_bundle
+
+    manifest = open_bundle(bundle).manifest
+    tasks = listing(manifest)
+    if as_json:
+        print_json({"base": {"sha256": manifest.base.sha256, "size": base_size(manifest)}, "tasks": [asdict(task) for task in tasks]})
+        return
+    rows = [(task.task, task.head, task.graph[:12], megabytes(task.size), ", ".join(task.engines) or "-") for task in tasks]
+    print_table(f"{bundle}: base {manifest.base.sha256[:12]}…, {megabytes(base_size(manifest))}", ("task", "head", "graph", "files", "engines"), rows)
+
+
+@bundle_app.command()
+def remove(bundle: BundlePath, task: Annotated[str, typer.Option(help="The task to remove, with its engines.")], as_json: AsJson = False) -> None:
+    """Remove a task from a bundle; the base's weights stay.
+
+    Example: lorafuse bundle remove bundle --task movies
+    """
+    from exporter.bundle.remove import remove_task
+
+    left = sorted(remove_task(bundle, task).manifest.tasks)
+    if as_json:
+        print_json({"removed": task, "tasks": left})
+    else:
+        print(f"removed {task}; {bundle} holds: {', '.join(left) or 'no tasks'}")
+
+
+@bundle_app.command()
+def check(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """Compare every file of a bundle with its manifest, and name those that no manifest names.
+
+    Exit status 1 when something is wrong.
+
+    Example: lorafuse bundle check bundle
+    """
+    from exporter.bundle.check import check_bundle
+
+    with progress("check") as step:
+        findings = check_bundle(bundle, step)
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        print("\n".join(finding.problem for finding in findings) or f"{bundle}: every file is as its manifest says, and there is no other")
+    raise typer.Exit(NO if findings else DONE)

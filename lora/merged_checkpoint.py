@@ -8,9 +8,7 @@ and renamed, and a weights file gets its first bytes last: what an interrupted m
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ import numpy as np
 from lora.adapter import Change, Replacement, Rows
 from lora.base import Base
 from lora.checkpoint import CONFIG, INDEX, OUTPUT_EMBEDDING, SINGLE, Checkpoint, read_config
+from lora.durable import flush, staging_folder
 from lora.errors import CheckpointError
 from lora.merge import Dtypes, Merged, Targets, merge
 from lora.patched_copy import patched_copy
@@ -226,27 +225,15 @@ def _cast(file: Mapping[str, Array], name: str, dtype: np.dtype[Any] | None) -> 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.staging-", dir=out.parent))
-        try:
+        with staging_folder(out) as stage:
             yield stage
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"{out}: can't be written ({error.strerror or error}); nothing was left there") from error
 
 
 def _flush_and_rename(stage: Path, out: Path) -> None:
     for path in (*stage.iterdir(), stage):
-        _flush(path)
+        flush(path)
     stage.chmod(0o755)
     stage.rename(out)
-    _flush(out.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(out.parent)

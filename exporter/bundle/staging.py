@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporter.bundle.manifest import MANIFEST, Bundle, File, Manifest, all_files, encode, open_bundle
+from lora.durable import flush, staging_folder
 from lora.errors import BundleError
 from lora.tensorfile import file_sha256
 
@@ -27,12 +26,8 @@ def staging(bundle: Path) -> Iterator[Path]:
     Raises BundleError, in one line, when the disk is full or not writable.
     """
     try:
-        bundle.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.staging-", dir=bundle.parent))
-        try:
+        with staging_folder(bundle) as stage:
             yield stage
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise BundleError(f"{bundle}: can't be written ({error.strerror or error}); the bundle is as it was before") from error
 
@@ -61,7 +56,7 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
         manifest = update(current.manifest if current else None)
         for path in stage.rglob("*"):
             if path.is_file():
-                _flush(path)
+                flush(path)
         _write_flushed(stage / MANIFEST, encode(manifest))  # before anything moves: should the disk be full by now, nothing has changed
         if current is None:
             stage.chmod(0o755)
@@ -70,8 +65,8 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
             _move_in(stage, bundle)
             (stage / MANIFEST).replace(bundle / MANIFEST)
             _remove_unnamed(bundle, current.manifest, manifest)
-        _flush(bundle)
-        _flush(bundle.parent)
+        flush(bundle)
+        flush(bundle.parent)
     return Bundle(bundle, manifest)
 
 
@@ -88,7 +83,7 @@ def _move_in(stage: Path, bundle: Path) -> None:
             target = bundle / path.relative_to(stage)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
-            _flush(target.parent)
+            flush(target.parent)
 
 
 def _remove_unnamed(bundle: Path, former: Manifest, manifest: Manifest) -> None:
@@ -102,15 +97,7 @@ def _remove_unnamed(bundle: Path, former: Manifest, manifest: Manifest) -> None:
 
 def _write_flushed(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)
 
 
 @contextmanager
