@@ -15,7 +15,7 @@ from exporter.layout import ModelWeights
 from lora.adapter import Change, LowRank, Replacement
 from lora.errors import ExportError
 from lora.fit import changes_by_parameter
-from lora.peft import read_peft
+from lora.formats.peft import read_peft
 from lora.tensorfile import TensorFile
 
 # Where a merged weight is read: y = x · W, with the weight as the second input (Gemm: not transposed again).

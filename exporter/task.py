@@ -24,11 +24,11 @@ from exporter.digest import graph_digest
 from exporter.external import load_graph, pointed
 from exporter.layout import ModelWeights, key, to_graph
 from lora.adapter import Adapter
-from lora.checkpoint import fingerprint
+from lora.bases.checkpoint import fingerprint
 from lora.errors import BundleError, ExportError
 from lora.fit import changes_by_parameter
+from lora.formats.peft import read_peft
 from lora.merge import check_base, merge
-from lora.peft import read_peft
 from lora.tensorfile import Array, Lazy, TensorFile, write_tensors
 
 SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")

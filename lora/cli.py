@@ -13,8 +13,8 @@ from lora.errors import LorafuseError
 from lora.terminal import DONE, NO, megabytes, print_json, print_table, progress
 
 if TYPE_CHECKING:
+    from lora.formats.read import ReadOptions
     from lora.merged_checkpoint import Written
-    from lora.read import ReadOptions
 
 app = typer.Typer()
 
@@ -128,7 +128,7 @@ def _path_and_weight(text: str) -> tuple[Path, float]:
 
 
 def _options(alpha: float | None, component: str | None, enable_lora: str | None) -> ReadOptions:
-    from lora.read import ReadOptions
+    from lora.formats.read import ReadOptions
 
     parts = tuple(part.strip() in ("1", "true", "True") for part in enable_lora.split(",")) if enable_lora else None
     return ReadOptions(alpha=alpha, component=component, enable_lora=parts)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora.base import open_base
+from lora.bases.opening import open_base
 from lora.combine import Blending, Weighted, combined
+from lora.formats.read import ReadOptions, read_adapter
 from lora.merge import check_base
 from lora.merged_checkpoint import Storing, Written, write_merged
-from lora.read import ReadOptions, read_adapter
 
 
 @dataclass(frozen=True)

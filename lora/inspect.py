@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows
-from lora.base import open_base
+from lora.bases.opening import open_base
 from lora.errors import LorafuseError
 from lora.fit import fit
+from lora.formats.read import ReadOptions, read_adapter
 from lora.merge import check_base
-from lora.read import ReadOptions, read_adapter
 from lora.tensorfile import Array
 
 

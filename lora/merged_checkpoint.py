@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from lora.adapter import Change, Replacement, Rows
-from lora.base import Base
-from lora.checkpoint import CONFIG, INDEX, OUTPUT_EMBEDDING, SINGLE, Checkpoint, read_config
+from lora.bases.checkpoint import CONFIG, INDEX, OUTPUT_EMBEDDING, SINGLE, Checkpoint, read_config
+from lora.bases.opening import Base
 from lora.durable import flush, staging_folder
 from lora.errors import CheckpointError
 from lora.merge import Dtypes, Merged, Targets, merge

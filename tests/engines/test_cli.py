@@ -22,7 +22,7 @@ import engines.cli
 from engines.backends import Session
 from exporter.bundle.manifest import Bundle, File, encode, open_bundle
 from lora.adapter import LowRank
-from lora.peft import read_peft
+from lora.formats.peft import read_peft
 from lora.tensorfile import Array, TensorFile, file_sha256
 
 COMMAND = Path(sys.executable).with_name("lorafuse")

@@ -22,7 +22,7 @@ from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.digest import graph_digest
 from lora.adapter import LowRank
 from lora.errors import ExportError
-from lora.peft import read_peft
+from lora.formats.peft import read_peft
 from lora.tensorfile import Array
 
 TASKS = pytest.mark.parametrize("task", [MOVIES, SUPERSENSE], ids=lambda task: task.name)

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora.errors import LorafuseError
 from lora.fit import changes_by_parameter
+from lora.formats.peft import read_peft
 from lora.merge import merge
-from lora.peft import read_peft
 
 RUNS = 10_000
 MODULES = ("layers.0.q", "layers.0.v", "layers.1.q")

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from lora.errors import AdapterError
 from lora.fit import changes_by_parameter
+from lora.formats.peft import read_peft
 from lora.merge import merge
-from lora.peft import read_peft
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 40}
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora.fit import changes_by_parameter
-from lora.loralib import read_loralib
+from lora.formats.loralib import read_loralib
 from lora.merge import apply
 
 ALPHA = 3

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from lora.fit import changes_by_parameter
+from lora.formats.peft import read_peft
 from lora.merge import apply, merge
-from lora.peft import read_peft
 
 R, ALPHA = 4, 6.0
 

@@ -16,11 +16,11 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from lora.base import open_base
+from lora.bases.opening import open_base
 from lora.errors import AdapterError, CheckpointError
 from lora.fit import changes_by_parameter
+from lora.formats.peft import read_peft
 from lora.merged_checkpoint import Storing, Written, write_merged
-from lora.peft import read_peft
 
 LLAMA = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 128}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 16}
@@ -202,11 +202,11 @@ COMMON = """
 import os, random, resource, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
-from lora.base import open_base
+from lora.bases.opening import open_base
 from lora.errors import LorafuseError
 from lora.fit import changes_by_parameter
 from lora.merged_checkpoint import Storing, write_merged
-from lora.peft import read_peft
+from lora.formats.peft import read_peft
 from lora.tensorfile import TensorFile
 storing, base, adapter, out = eval(sys.argv[1]), *map(Path, sys.argv[2:])
 def merge(out):

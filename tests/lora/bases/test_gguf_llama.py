@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from packaged_files import smollm2
 
+from lora.bases.gguf_llama import GgufBase, _halves
 from lora.errors import CheckpointError
-from lora.gguf_base import GgufBase, _halves
 from lora.tensorfile import Array
 
 LAYERS, WIDTH, HEADS, KV_HEADS, INNER, VOCABULARY = 2, 64, 4, 2, 96, 40

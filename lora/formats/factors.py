@@ -85,7 +85,7 @@ def open_factors(path: Path) -> tuple[Factors, dict[str, str]]:
     Raises AdapterError when it can't be read.
     """
     if path.suffix in PICKLES:
-        from lora.pickled import read_pickle  # torch is needed for these files only
+        from lora.formats.pickled import read_pickle  # torch is needed for these files only
 
         return Factors(path, read_pickle(path)), {}
     try:

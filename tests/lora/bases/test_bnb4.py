@@ -18,7 +18,7 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lora.bnb4 import PIECE, Bnb4
+from lora.bases.bnb4 import PIECE, Bnb4
 from lora.errors import CheckpointError
 from lora.tensorfile import Array
 
@@ -122,7 +122,7 @@ def test_shape_is_known_without_dequantizing():
 
 
 def test_nothing_is_read_on_opening_but_states_and_sizes(monkeypatch):
-    monkeypatch.setattr("lora.bnb4._dequantized", lambda *_: pytest.fail("dequantized on opening"))
+    monkeypatch.setattr("lora.bases.bnb4._dequantized", lambda *_: pytest.fail("dequantized on opening"))
     assert W in Bnb4(small(), HERE)
 
 

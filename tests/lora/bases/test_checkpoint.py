@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora.checkpoint import Checkpoint, fingerprint
+from lora.bases.checkpoint import Checkpoint, fingerprint
 from lora.errors import CheckpointError
 
 ONES = {"a": np.ones(3, np.float32)}

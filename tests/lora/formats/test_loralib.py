@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from lora.adapter import Adapter
 from lora.errors import AdapterError
 from lora.fit import changes_by_parameter
-from lora.loralib import read_loralib
+from lora.formats.loralib import read_loralib
 from lora.merge import apply
 
 sizes, ranks = st.integers(1, 9), st.integers(1, 5)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lora.errors import AdapterError
-from lora.peft import read_peft
-from lora.pickled import read_pickle
+from lora.formats.peft import read_peft
+from lora.formats.pickled import read_pickle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch's, about bytes made to be refused
 shapes = st.lists(st.integers(0, 4), max_size=4)
@@ -149,7 +149,7 @@ def test_a_torch_whose_reader_can_be_made_to_run_code_is_refused(version: str, t
 
 
 def test_reading_safetensors_imports_no_torch():
-    program = "import sys, lora.read, lora.folder; sys.exit('torch' in sys.modules)"
+    program = "import sys, lora.formats.read, lora.folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 from lora.adapter import Adapter, Layout, LowRank
-from lora.components import choose
 from lora.errors import AdapterError
-from lora.factors import Factors, identity, open_factors
+from lora.formats.components import choose
+from lora.formats.factors import Factors, identity, open_factors
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 COMPONENT = re.compile(r"lora_(unet|transformer|te[123]?)_")

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora.bnb4 import Bnb4, is_bnb4
-from lora.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, fingerprint, read_config
+from lora.bases.bnb4 import Bnb4, is_bnb4
+from lora.bases.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, fingerprint, read_config
+from lora.bases.gguf_llama import MAGIC, GgufBase
 from lora.errors import CheckpointError
-from lora.gguf_base import MAGIC, GgufBase
 from lora.tensorfile import Array, file_sha256
 
 DENSE = "W + ΔW"

@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from lora.base import open_base
-from lora.checkpoint import Checkpoint, fingerprint
+from lora.bases.checkpoint import Checkpoint, fingerprint
+from lora.bases.opening import open_base
 from lora.errors import CheckpointError
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from lora.checkpoint import Checkpoint
+from lora.bases.checkpoint import Checkpoint
 from lora.errors import CheckpointError
 from lora.tensorfile import Array, numpy_dtype
 

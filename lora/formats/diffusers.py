@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lora.adapter import Adapter, Change, Layout, LowRank
-from lora.components import choose
 from lora.errors import AdapterError
-from lora.factors import Factors, identity, open_factors
-from lora.peft import LINEAR_A, LINEAR_B, MAGNITUDE, peft_changes
-from lora.peft_config import PeftConfig, parse_config
+from lora.formats.components import choose
+from lora.formats.factors import Factors, identity, open_factors
+from lora.formats.peft import LINEAR_A, LINEAR_B, MAGNITUDE, peft_changes
+from lora.formats.peft_config import PeftConfig, parse_config
 
 WEIGHTS, PICKLE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 METADATA = "lora_adapter_metadata"

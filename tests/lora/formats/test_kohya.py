@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from lora.adapter import Adapter
 from lora.errors import AdapterError
 from lora.fit import changes_by_parameter
-from lora.kohya import read_kohya
+from lora.formats.kohya import read_kohya
 from lora.merge import apply
 
 sizes, ranks = st.integers(1, 9), st.integers(1, 5)

@@ -17,7 +17,7 @@ import numpy as np
 
 from lora.adapter import Adapter, Change, LowRank, Replacement
 from lora.errors import AdapterError
-from lora.factors import Factors, identity, open_factors
+from lora.formats.factors import Factors, identity, open_factors
 from lora.tensorfile import Array
 
 A, B = "lora_A", "lora_B"

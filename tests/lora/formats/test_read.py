@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lora.errors import AdapterError
-from lora.read import ReadOptions, read_adapter
+from lora.formats.read import ReadOptions, read_adapter
 
 A, B = np.ones((2, 6), np.float32), np.ones((3, 2), np.float32)
 # {format: its tensors}

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from lora import diffusers, peft
 from lora.adapter import Adapter
 from lora.errors import AdapterError
-from lora.factors import PICKLES, open_factors
-from lora.kohya import read_kohya
-from lora.loralib import read_loralib
+from lora.formats import diffusers, peft
+from lora.formats.factors import PICKLES, open_factors
+from lora.formats.kohya import read_kohya
+from lora.formats.loralib import read_loralib
 
 Format = Literal["PEFT", "diffusers", "kohya", "loralib"]
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from lora.errors import AdapterError
 from lora.fit import fit
-from lora.peft import read_peft
+from lora.formats.peft import read_peft
 
 A, B = np.ones((2, 6), np.float32), np.ones((4, 2), np.float32)
 KEY = "base_model.model.layer.lora_{}.weight"

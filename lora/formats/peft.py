@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lora.adapter import Adapter, Change, Increment, Layout, LowRank, Replacement, Rows
 from lora.errors import AdapterError
-from lora.factors import Factors, identity, open_factors
-from lora.peft_config import PeftConfig, read_config
+from lora.formats.factors import Factors, identity, open_factors
+from lora.formats.peft_config import PeftConfig, read_config
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import save_file
 
 from lora.adapter import Adapter
-from lora.diffusers import read_diffusers
 from lora.errors import AdapterError
 from lora.fit import changes_by_parameter
+from lora.formats.diffusers import read_diffusers
 from lora.merge import apply
 
 sizes, ranks = st.integers(1, 9), st.integers(1, 5)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lora.checkpoint import OUTPUT_EMBEDDING
+from lora.bases.checkpoint import OUTPUT_EMBEDDING
 from lora.errors import CheckpointError
 from lora.tensorfile import Array, numpy_dtype
 
