@@ -51,6 +51,8 @@ NOT_MERGEABLE = {
 }
 # These initialisations change the base weight before training: the adapter only fits that changed base.
 CHANGED_BASE_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# These leave the base as it is: they only choose where A and B start.
+PLAIN_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 # Settings of those initialisations; what decides is init_lora_weights itself.
 INIT_SETTINGS = frozenset({"loftq_config", "eva_config", "corda_config", "lora_ga_config"})
 
@@ -71,7 +73,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | str | None = True
 
     def rank(self, module: str) -> int:
         """The rank of the module at this path."""
@@ -131,6 +133,10 @@ def _refuse_bad_values(path: Path, config: PeftConfig) -> None:
         raise AdapterError(
             f"{path}: field 'init_lora_weights' is {init!r}, which changes the base before training; "
             "save the adapter converted to plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    if init not in PLAIN_INITS:
+        raise AdapterError(
+            f"{path}: field 'init_lora_weights' is {init!r}, which is not known and may change the base; expected one of {', '.join(PLAIN_INITS)}"
         )
     ranks = {"r": config.r, **(config.rank_pattern or {})}
     for name, rank in ranks.items():

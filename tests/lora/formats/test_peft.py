@@ -57,6 +57,16 @@ def test_an_initialisation_that_changes_the_base_is_refused(init: str, tmp_path:
         read_peft(saved(tmp_path, init_lora_weights=init))
 
 
+def test_an_initialisation_that_is_not_known_is_refused(tmp_path: Path):
+    with pytest.raises(AdapterError, match="'init_lora_weights' is 'of-next-year', which is not known"):
+        read_peft(saved(tmp_path, init_lora_weights="of-next-year"))
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_initialisation_that_leaves_the_base_alone_is_passed_over(init: object, tmp_path: Path):
+    assert len(read_peft(saved(tmp_path, init_lora_weights=init)).changes) == 1
+
+
 @pytest.mark.parametrize("config", [{"inference_mode": True, "lora_dropout": 0.5, "revision": "main", "runtime_config": {}}, {"a_field_of_next_year": None}])
 def test_fields_without_effect_are_passed_over(config: dict, tmp_path: Path):
     assert len(read_peft(saved(tmp_path, **config)).changes) == 1
