@@ -12,7 +12,7 @@ import typer
 
 from exporter.cli import app as exporter_app
 from lora.cli import app as lora_app
-from lora.errors import LorafuseError
+from lora.errors import ExportError, LorafuseError
 from lora.terminal import BAD_INPUT, DONE, NO, UNDECIDED, megabytes, print_error, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -141,9 +141,18 @@ def bench(
     if length > base.longest:
         raise LorafuseError(f"{bundle}: length {length} is more than the {base.longest} tokens that the base takes")
     inputs = random_inputs(graph, base.vocabulary, {"batch": batch, "sequence": length}, seed=0)
+    arms, left_out = _arms(opened, task, threads)
     with progress(f"bench {task}") as step:
-        report = measure(_arms(opened, task, threads), inputs, Protocol(budget=seconds, margin=margin), step)
-    content = {**asdict(report), "task": task, "batch": batch, "length": length, "threads": threads, "nanoseconds": report.nanoseconds.tolist()}
+        report = measure(arms, inputs, Protocol(budget=seconds, margin=margin), step)
+    content = {
+        **asdict(report),
+        "task": task,
+        "batch": batch,
+        "length": length,
+        "threads": threads,
+        "left_out": left_out,
+        "nanoseconds": report.nanoseconds.tolist(),
+    }
     if out is not None:
         _write_report(out, content)
     if as_json:
@@ -152,6 +161,8 @@ def bench(
         rows = [(r.arm, f"{r.milliseconds:.3f}", f"{r.ratio.median:.4f}", f"[{r.ratio.low:.4f}, {r.ratio.high:.4f}]", r.decision) for r in report.readings]
         title = f"{task}: batch {batch}, length {length}, {threads} thread(s), {report.nanoseconds.shape[0]} sets × {report.nanoseconds.shape[1]} rounds"
         print_table(title, ("arm", "median ms", "ratio to base", "90 % interval", f"at a margin of {margin:.1%}"), rows)
+        if left_out:
+            print(f"no unmerged arm, so no power could be shown: {left_out}")
         print(f"{report.verdict.upper()}: {report.reason}")
     raise typer.Exit({"equivalent": DONE, "slower": NO}.get(report.verdict, UNDECIDED))
 
@@ -202,8 +213,11 @@ def main() -> None:
     raise SystemExit(status or DONE)
 
 
-def _arms(opened: Bundle, task: str, threads: int) -> list[Any]:
-    """The harness's arms on ONNX Runtime: the same graph on two sets of weights, and the graph with the adapter left in."""
+def _arms(opened: Bundle, task: str, threads: int) -> tuple[list[Any], str]:
+    """The harness's arms on ONNX Runtime: the same graph on two sets of weights, and the graph with the adapter left in.
+
+    Where the adapter can't be left in (DoRA), that arm is missing, and the second result says why.
+    """
     from engines.backends import Model, backend
     from engines.latency import AGAIN, BASE, MERGED, UNMERGED, Arm
     from exporter.arms import merged_graph, unadapted_graph, unmerged_graph
@@ -216,8 +230,12 @@ def _arms(opened: Bundle, task: str, threads: int) -> list[Any]:
         return backend("onnxruntime", threads).load(model, None)
 
     unadapted = unadapted_graph(opened, task)
-    graphs = {BASE: unadapted, AGAIN: unadapted, MERGED: merged_graph(opened, task), UNMERGED: unmerged_graph(opened, task)}
-    return [arm(name, graph) for name, graph in graphs.items()]
+    graphs, left_out = {BASE: unadapted, AGAIN: unadapted, MERGED: merged_graph(opened, task)}, ""
+    try:
+        graphs[UNMERGED] = unmerged_graph(opened, task)
+    except ExportError as error:
+        left_out = str(error)
+    return [arm(name, graph) for name, graph in graphs.items()], left_out
 
 
 def _read_texts(path: Path | None) -> list[str]:

@@ -283,8 +283,8 @@ class Thrice:
 
 
 def test_bench_says_slower_with_status_one(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., tuple[int, str]]):
-    base, again, merged, unmerged = engines.cli._arms(tiny_bundle, "first", 1)
-    slowed = [base, again, replace(merged, open=lambda: Thrice(merged.open())), unmerged]
+    (base, again, merged, unmerged), left_out = engines.cli._arms(tiny_bundle, "first", 1)
+    slowed = [base, again, replace(merged, open=lambda: Thrice(merged.open())), unmerged], left_out
     monkeypatch.setattr(engines.cli, "_arms", lambda opened, task, threads: slowed)
     status, printed = in_process("bench", tiny_bundle.path, "--task", "first", "--length", "8", "--margin", "0.5", "--json")
     assert (status, json.loads(printed)["verdict"]) == (NO, "slower")
@@ -464,3 +464,14 @@ def test_run_names_the_command_that_builds_a_missing_engine_and_it_builds_it(tin
 @pytest.mark.usefixtures("no_device")
 def test_run_of_an_engine_without_its_device_is_refused(rtx_bundle: Path):
     assert "on this machine" in refusal("run", rtx_bundle, "--task", "first", "--text", "x", "--backend", "tensorrt-rtx")
+
+
+def test_a_dora_task_is_exported_verified_and_timed_without_an_unmerged_arm(tiny_copy: Path, tiny_base: Path, write_adapter):
+    random = np.random.default_rng(3)
+    modules = [f"base_model.model.bert.encoder.layer.{layer}.attention.self.{target}" for layer in (0, 1) for target in ("query", "value")]
+    adapter = write_adapter(config={"use_dora": True}, tensors={f"{module}.lora_magnitude_vector": random.uniform(0.5, 1.5, 32) for module in modules})
+    assert lorafuse("export", tiny_base, adapter, "--task", "dora", "--out", tiny_copy).returncode == DONE
+    assert lorafuse("verify", tiny_copy, "--task", "dora").returncode == DONE
+    done = lorafuse("bench", tiny_copy, "--task", "dora", "--length", "8", "--seconds", "0")
+    assert "no unmerged arm, so no power could be shown: 'bert.encoder.layer.0.attention.self.query.weight' is changed by more than" in done.stdout
+    assert done.returncode in (DONE, NO, UNDECIDED)
