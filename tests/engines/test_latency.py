@@ -220,7 +220,7 @@ def graph(tiny_bundle: Bundle) -> Graph:
 
 def test_report_of_real_engines_holds_every_sample(tiny_bundle: Bundle, graph: Graph):
     inputs = random_inputs(graph, tiny_bundle.manifest.base.vocabulary, {"batch": 1, "sequence": 8}, seed=0)
-    report = measure(_arms(tiny_bundle, "first", threads=1), inputs, SHORT)
+    report = measure(_arms(tiny_bundle, "first", threads=1)[0], inputs, SHORT)
     assert report.arms == NAMES == tuple(reading.arm for reading in report.readings)
     assert report.nanoseconds.shape == (LEAST_SETS, SHORT.rounds, len(NAMES))
     assert (report.nanoseconds > 0).all()
@@ -233,7 +233,7 @@ def test_report_of_real_engines_holds_every_sample(tiny_bundle: Bundle, graph: G
 def test_command_lines_arms_compute_what_their_names_say(tiny_bundle: Bundle, tokens: dict[str, Array]):
     """A wrong arm would be timed just as well, and the verdict would be on something else."""
     outputs = {}
-    for arm in _arms(tiny_bundle, "first", threads=1):
+    for arm in _arms(tiny_bundle, "first", threads=1)[0]:
         with arm.open() as session:
             outputs[arm.name] = session.run(tokens)["logits"]
     np.testing.assert_array_equal(outputs[AGAIN], outputs[BASE])

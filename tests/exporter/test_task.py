@@ -237,10 +237,11 @@ def headed_base(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 def test_a_base_with_a_head_of_its_own_takes_tasks_with_heads_of_any_size(headed_base: Path, tmp_path: Path, write_adapter, check_files):
-    for name, outputs in (("two", 2), ("three", 3), ("three", 3)):
-        made = export_task(Request(headed_base, write_adapter(f"{name}-{len(list(tmp_path.iterdir()))}", outputs=outputs), name), tmp_path / "bundle")
-    assert {graph.head.outputs for graph in made.bundle.manifest.graphs.values()} == {2, 3}
-    assert len(made.bundle.manifest.base.weights) == 1
+    adapters = {"two": write_adapter("two", outputs=2), "three": write_adapter("three", outputs=3)}
+    made = [export_task(Request(headed_base, adapters[name], name), tmp_path / "bundle") for name in ("two", "three", "three")]
+    assert [(export.traced, export.base_bytes > 0) for export in made] == [(True, True), (True, False), (False, False)]
+    assert {graph.head.outputs for graph in made[-1].bundle.manifest.graphs.values()} == {2, 3}
+    assert len(made[-1].bundle.manifest.base.weights) == 1
     check_files(tmp_path / "bundle")
 
 
