@@ -9,15 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from exporter.layout import WeightMap, key
-from lora.errors import ExportError
+from lora.errors import BundleError, ExportError
 from lora.tensorfile import TensorFile
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph alone: external data stays on disk."""
-    return onnx.load(path, load_external_data=False)
+    """The graph alone: external data stays on disk. Raises BundleError when the file is not an ONNX model."""
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{path}: not an ONNX model ({error}); export the task again") from error
 
 
 def pointed(graph: onnx.ModelProto, weights: WeightMap, files: Iterable[TensorFile]) -> onnx.ModelProto:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from exporter.external import load_graph, pointed
-from lora.errors import ExportError
+from lora.errors import BundleError, ExportError
 from lora.tensorfile import TensorFile
 
 
@@ -88,3 +88,9 @@ def test_a_graph_is_loaded_without_its_weights(tmp_path: Path):
     onnx.save(pointed(graph_with(w=(3,)), {"w": None}, [file]), tmp_path / "model.onnx")
     file.path.unlink()
     assert load_graph(tmp_path / "model.onnx").graph.initializer[0].name == "w"
+
+
+def test_a_file_that_is_no_onnx_model_is_refused(tmp_path: Path):
+    (tmp_path / "task.onnx").write_bytes(b"\xff" * 50)
+    with pytest.raises(BundleError, match=r"task\.onnx: not an ONNX model \("):
+        load_graph(tmp_path / "task.onnx")
