@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from exporter.cli import BundlePath
 from exporter.cli import app as exporter_app
+from lora.cli import AsJson
 from lora.cli import app as lora_app
 from lora.errors import ExportError, LorafuseError
 from lora.terminal import BAD_INPUT, DONE, NO, UNDECIDED, megabytes, print_error, print_json, print_table, progress
@@ -26,9 +28,7 @@ app = typer.Typer(name="lorafuse", no_args_is_help=True, add_completion=False, p
 app.add_typer(lora_app)
 app.add_typer(exporter_app)
 
-BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
 TaskName = Annotated[str, typer.Option(help="Name of the task.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class BackendChoice(StrEnum):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lora.cli import AsJson
 from lora.terminal import DONE, NO, megabytes, print_json, print_table, progress
 
 app = typer.Typer()
@@ -15,7 +16,6 @@ bundle_app = typer.Typer(no_args_is_help=True, help="Look into a bundle, check i
 app.add_typer(bundle_app, name="bundle")
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()

@@ -18,6 +18,7 @@ from exporter.reference import Inputs, Runner, base_values, exact_values, merged
 from lora.adapter import Change
 from lora.delta import error_bound
 from lora.errors import LorafuseError
+from lora.merge import Targets
 from lora.tensorfile import Array
 
 # Of the largest output. A float32 encoder of 6 layers is off by about 1e-6 of it; a wrong weight by 1e-2 and more.
@@ -71,15 +72,15 @@ def verify(bundle: Bundle, task: str, batches: Sequence[Inputs], runners: Mappin
 
     ``runners`` are the further stages by name (ONNX, engines); one that raises a LorafuseError is reported as not run.
     """
-    exact_weights, stored_weights = exact_values(bundle, task), merged_values(bundle, task)
+    exact_weights, stored_weights, base = exact_values(bundle, task), merged_values(bundle, task), base_values(bundle, task)
     oracle = torch_runner(bundle, task, exact_weights)
     exact = [oracle(batch) for batch in batches]
     stages = [
-        _weights_stage(bundle, task, exact_weights, stored_weights),
+        _weights_stage(bundled_changes(bundle, task), base, exact_weights, stored_weights),
         _output_stage("merged torch", exact, batches, torch_runner(bundle, task, stored_weights)),
         *(_output_stage(name, exact, batches, run) for name, run in runners.items()),
     ]
-    unadapted = torch_runner(bundle, task, {name: values.astype(np.float64) for name, values in base_values(bundle, task).items()})
+    unadapted = torch_runner(bundle, task, {name: values.astype(np.float64) for name, values in base.items()})
     return Verification(
         task=task,
         inputs=sum(len(outputs) for outputs in exact),
@@ -91,9 +92,8 @@ def verify(bundle: Bundle, task: str, batches: Sequence[Inputs], runners: Mappin
     )
 
 
-def _weights_stage(bundle: Bundle, task: str, exact: Mapping[str, Array], stored: Mapping[str, Array]) -> Stage:
+def _weights_stage(changes: Targets, base: Mapping[str, Array], exact: Mapping[str, Array], stored: Mapping[str, Array]) -> Stage:
     """Every stored weight against the formula; a merged one within the rounding of its own float32 computation."""
-    changes, base = bundled_changes(bundle, task), base_values(bundle, task)
     worst = (-1.0, "", 0.0, 0.0, 0.0)
     for name, want in exact.items():
         bound = _rounding(base[name], changes.get(name, []))

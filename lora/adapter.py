@@ -107,10 +107,9 @@ class Adapter:
     task_type: str | None = None
     base_sha256: str | None = None
     spelling: Spelling = "dotted"
+    skipped: tuple[str, ...] = ()
 
     @property
     def replaced(self) -> dict[str, Array]:
         """The tensors that the adapter brings whole, by parameter name: a trained head, saved biases."""
         return {change.parameter: change.value for change in self.changes if isinstance(change, Replacement)}
-
-    skipped: tuple[str, ...] = ()

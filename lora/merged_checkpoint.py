@@ -132,10 +132,9 @@ def _rewrite(stage: Path, base: Mapping[str, Array], targets: Targets, stream: I
     """Write every tensor anew: the changed ones first into a file of their own, which is read back and removed."""
     names = _write_stream(stage / CHANGED, base, targets, stream)
     changed = TensorFile(stage / CHANGED)
-    files: Sequence[Mapping[str, Array]] = base.files if isinstance(base, Checkpoint) else [base]
+    files: dict[str, Mapping[str, Array]] = {file.path.name: file for file in base.files} if isinstance(base, Checkpoint) else {SINGLE: base}
     homes: dict[str, str] = {}
-    own_names = [file.path.name for file in base.files] if isinstance(base, Checkpoint) else [SINGLE]
-    for file, name in zip(files, _file_names(base, targets, own_names), strict=True):
+    for file, name in zip(files.values(), _file_names(base, targets, list(files)), strict=True):
         tensors = {key: _lazy(changed[key]) if key in changed else _cast(file, key, storing.dtype) for key in file}
         write_tensors(stage / name, tensors, FORMAT)
         homes |= dict.fromkeys(tensors, name)

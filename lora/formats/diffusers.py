@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora.adapter import Adapter, Change, Layout, LowRank
+from lora.adapter import Adapter, Change
 from lora.errors import AdapterError
 from lora.formats.components import choose
 from lora.formats.factors import Factors, identity, open_factors
@@ -106,13 +106,6 @@ def _changes(factors: Factors) -> tuple[Change, ...]:
         if key.endswith(MAGNITUDE):
             raise AdapterError(f"{factors.path}: tensor '{factors.spelling(key)}' is DoRA's, but the file has no configuration; save it with a newer diffusers")
     modules = [key.removesuffix(LINEAR_A) for key in factors.names() if key.endswith(LINEAR_A)]
-    changes = tuple(_low_rank(factors, module) for module in modules)
+    changes = tuple(factors.take_low_rank(module, module + LINEAR_A, module + LINEAR_B, module + ALPHA) for module in modules)
     factors.done()
     return changes
-
-
-def _low_rank(factors: Factors, module: str) -> LowRank:
-    a, b = factors.take_pair(module + LINEAR_A, module + LINEAR_B, None, module)
-    rank = a.shape[0]
-    layout: Layout = "conv" if a.ndim > 2 else "linear"
-    return LowRank(module, a, b, rank, factors.take_alpha(module + ALPHA, rank) / rank, layout)

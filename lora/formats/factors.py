@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lora.adapter import Layout, LowRank
 from lora.errors import AdapterError, CheckpointError
 from lora.tensorfile import Array, TensorFile, file_sha256
 
@@ -72,6 +73,13 @@ class Factors:
         if set(b.shape[2:]) - {1}:
             raise AdapterError(f"{self.path}: module '{module}' has a second convolution B {b.shape}; only one with a kernel of extent 1 can be merged")
         return a, b
+
+    def take_low_rank(self, module: str, key_a: str, key_b: str, key_alpha: str) -> LowRank:
+        """A module's update where no configuration says more: a linear layer, or a convolution A (r, in, k, k), B (out, r, 1, 1)."""
+        a, b = self.take_pair(key_a, key_b, None, module)
+        rank = a.shape[0]
+        layout: Layout = "conv" if a.ndim > 2 else "linear"
+        return LowRank(module, a, b, rank, self.take_alpha(key_alpha, rank) / rank, layout)
 
     def done(self) -> None:
         """Raises AdapterError when a tensor was not taken."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lora.adapter import Adapter, Layout, LowRank
+from lora.adapter import Adapter, LowRank
 from lora.errors import AdapterError
 from lora.formats.components import choose
 from lora.formats.factors import Factors, identity, open_factors
@@ -71,14 +71,6 @@ def _changes(factors: Factors) -> tuple[LowRank, ...]:
                     f"{factors.path}: tensor '{factors.spelling(key)}' is part of {what}, which can't be merged here; convert the adapter to plain LoRA"
                 )
     modules = [key.removesuffix(DOWN) for key in factors.names() if key.endswith(DOWN)]
-    changes = tuple(_low_rank(factors, module) for module in modules)
+    changes = tuple(factors.take_low_rank(module, module + DOWN, module + UP, module + ALPHA) for module in modules)
     factors.done()
     return changes
-
-
-def _low_rank(factors: Factors, module: str) -> LowRank:
-    """A linear layer, or a convolution: A (r, in, k, k), B (out, r, 1, 1)."""
-    a, b = factors.take_pair(module + DOWN, module + UP, None, module)
-    rank = a.shape[0]
-    layout: Layout = "conv" if a.ndim > 2 else "linear"
-    return LowRank(module, a, b, rank, factors.take_alpha(module + ALPHA, rank) / rank, layout)
