@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engines.backends import BackendName, Model, Session, backend
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.changes import in_graph_order, merged_at_load
 from lora.errors import EngineError
 
 
@@ -24,11 +25,12 @@ def load(bundle: str | Path, task: str, backend_name: BackendName = "onnxruntime
 
 
 def task_model(bundle: Bundle, task: str) -> Model:
-    """The task's ONNX model, after all the files that it reads were checked."""
+    """The task's ONNX model, after all the files that it reads were checked; a task stored as factors is merged now."""
     record = bundle.task(task)
-    for file in (*bundle.manifest.base.weights, record.weights):
+    for file in (*bundle.manifest.base.weights, *([record.weights] if record.weights else ())):
         bundle.checked(file)
-    return Model(bundle.checked(record.model).read_bytes(), bundle.path)
+    values = in_graph_order(bundle, task, merged_at_load(bundle, task)) if record.store == "factors" else {}
+    return Model(bundle.checked(record.model).read_bytes(), bundle.path, values)
 
 
 def _plan(bundle: Bundle, task: str, backend_name: BackendName) -> Path | None:

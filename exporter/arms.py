@@ -10,12 +10,10 @@ import onnx
 from onnx import helper, numpy_helper
 
 from exporter.bundle.manifest import Bundle
+from exporter.changes import bundled_changes
 from exporter.external import load_graph, pointed
-from exporter.layout import ModelWeights
 from lora.adapter import Change, LowRank, Replacement
 from lora.errors import ExportError
-from lora.fit import changes_by_parameter
-from lora.formats.peft import read_peft
 from lora.tensorfile import TensorFile
 
 # Where a merged weight is read: y = x · W, with the weight as the second input (Gemm: not transposed again).
@@ -23,14 +21,15 @@ READERS = ("MatMul", "Gemm")
 
 
 def merged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
-    """The task's own graph."""
+    """The task's own graph; of one stored as factors, the graph that its merged tensors are put into."""
     return load_graph(bundle.checked(bundle.task(task).model))
 
 
 def unadapted_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
     """The task's graph on the base's weights; what the base does not have (a trained head) stays the task's."""
     record = bundle.task(task)
-    files = [TensorFile(bundle.checked(file)) for file in (record.weights, *bundle.manifest.base.weights)]
+    own = [record.weights] if record.weights else []
+    files = [TensorFile(bundle.checked(file)) for file in (*own, *bundle.manifest.base.weights)]
     return pointed(merged_graph(bundle, task), bundle.graph(record).weights, files)
 
 
@@ -45,14 +44,6 @@ def unmerged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
             if not isinstance(change, Replacement):  # replaced tensors are the task's in this graph already
                 _add_branch(graph.graph, parameter, change)
     return graph
-
-
-def bundled_changes(bundle: Bundle, task: str) -> dict[str, list[Change]]:
-    """{parameter: its changes} of the adapter that the task was merged from, out of the bundle."""
-    record = bundle.task(task)
-    paths = [bundle.checked(file) for file in record.adapter]
-    base = ModelWeights([TensorFile(bundle.checked(file)) for file in bundle.manifest.base.weights], bundle.graph(record).weights)
-    return changes_by_parameter(base, read_peft(paths[0].parent))
 
 
 def _add_branch(graph: onnx.GraphProto, parameter: str, update: Change) -> None:

@@ -3,28 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora.cli import AsJson
 from lora.terminal import DONE, NO, megabytes, print_json, print_table, progress
 
+if TYPE_CHECKING:
+    from exporter.task import Exported
+
 app = typer.Typer()
-bundle_app = typer.Typer(no_args_is_help=True, help="Look into a bundle, check it, and remove tasks.")
+bundle_app = typer.Typer(no_args_is_help=True, help="Look into a bundle, check and pack it, add and remove tasks.")
 app.add_typer(bundle_app, name="bundle")
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
 
 
+class PrecisionChoice(StrEnum):
+    """The precisions of a graph as the command line takes them."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class StoreChoice(StrEnum):
+    """How a task's changed tensors are kept."""
+
+    dense = "dense"
+    factors = "factors"
+
+
+TaskName = Annotated[str, typer.Option(help="Name of the task in the bundle.")]
+Labels = Annotated[str, typer.Option(help="Class labels, comma-separated, in the order of the head's outputs.")]
+Store = Annotated[StoreChoice, typer.Option(help="dense: merged tensors, for any runtime. factors: the adapter alone, merged when the task is loaded.")]
+
+
 @app.command()
 def export(
     base: Annotated[Path, typer.Argument(help="Folder of the base model: config.json, model.safetensors, tokenizer.json.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter, in PEFT's format.")],
-    task: Annotated[str, typer.Option(help="Name of the task in the bundle.")],
+    adapter: Annotated[Path | None, typer.Argument(help="Folder of the adapter, in PEFT's format. Without one, the task is the base as it is.")] = None,
+    *,
+    task: TaskName,
     out: Annotated[Path, typer.Option(help="The bundle; created if there is none, else the task is added to it.")],
-    labels: Annotated[str, typer.Option(help="Class labels, comma-separated, in the order of the head's outputs.")] = "",
+    labels: Labels = "",
+    task_type: Annotated[str | None, typer.Option(help="SEQ_CLS, TOKEN_CLS, CAUSAL_LM … Default: the adapter's, or the base's architecture.")] = None,
+    precision: Annotated[PrecisionChoice | None, typer.Option(help="Of weights and products. Default: the bundle's, or float32 in a new one.")] = None,
+    store: Store = StoreChoice.dense,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base and write the task into a bundle.
@@ -35,9 +63,37 @@ def export(
     """
     from exporter.task import Request, export_task
 
-    request = Request(base, adapter, task, tuple(filter(None, labels.split(","))))
+    request = Request(base, adapter, task, _split(labels), task_type, precision.value if precision else None, store.value)
     with progress(f"export {task}") as step:
         exported = export_task(request, out, step)
+    _print_exported(exported, out, as_json)
+
+
+@bundle_app.command()
+def add(
+    bundle: BundlePath,
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter, in PEFT's format.")],
+    task: TaskName,
+    labels: Labels = "",
+    store: Store = StoreChoice.dense,
+    as_json: AsJson = False,
+) -> None:
+    """Add a task to a bundle, without the base's checkpoint: a task with the same kind of head must be in it.
+
+    Example: lorafuse bundle add bundle adapters/books --task books --labels negative,positive
+    """
+    from exporter.task import add_task
+
+    with progress(f"add {task}") as step:
+        exported = add_task(bundle, adapter, task, _split(labels), store.value, step)
+    _print_exported(exported, bundle, as_json)
+
+
+def _split(labels: str) -> tuple[str, ...]:
+    return tuple(filter(None, labels.split(",")))
+
+
+def _print_exported(exported: Exported, out: Path, as_json: bool) -> None:
     added = {
         "base weights": exported.base_bytes,
         "graph": exported.graph_bytes,
@@ -45,11 +101,11 @@ def export(
         "adapter (kept for verification)": exported.adapter_bytes,
     }
     if as_json:
-        print_json({"task": task, "bundle": str(out), "traced": exported.traced, "changed": exported.changed, "bytes_added": added})
+        print_json({"task": exported.task, "bundle": str(out), "traced": exported.traced, "changed": exported.changed, "bytes_added": added})
         return
     traced = "base traced" if exported.traced else "graph reused"
     rows = [(what, megabytes(size)) for what, size in added.items()]
-    print_table(f"{task} → {out}: {len(exported.changed)} tensors changed, {traced}", ("added to the bundle", "size"), rows)
+    print_table(f"{exported.task} → {out}: {len(exported.changed)} tensors changed, {traced}", ("added to the bundle", "size"), rows)
 
 
 @bundle_app.command("ls")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from exporter.arms import bundled_changes
 from exporter.base import skeleton
-from exporter.bundle.manifest import Bundle
+from exporter.bundle.manifest import MODULE, Bundle
+from exporter.changes import base_stored, bundled_changes, merged_at_load
 from exporter.layout import ModelWeights
+from lora.errors import ExportError
 from lora.merge import apply
 from lora.tensorfile import Array, TensorFile
 
@@ -19,12 +21,12 @@ Runner = Callable[[Inputs], Array]
 
 def base_values(bundle: Bundle, task: str) -> dict[str, Array]:
     """The unadapted weights by parameter name; what the base does not have (a trained head) is the task's."""
-    return {**merged_values(bundle, task), **_stored(bundle, task, of_base=True)}
+    return {**merged_values(bundle, task), **base_stored(bundle, task)}
 
 
 def merged_values(bundle: Bundle, task: str) -> dict[str, Array]:
-    """The weights as the bundle stores them for ``task``, by parameter name."""
-    return {**_stored(bundle, task, of_base=True), **_stored(bundle, task, of_base=False)}
+    """The weights that ``task`` is run with, by parameter name: as the bundle stores them, or merges them when it is loaded."""
+    return {**base_stored(bundle, task), **_own_stored(bundle, task), **merged_at_load(bundle, task)}
 
 
 def exact_values(bundle: Bundle, task: str) -> dict[str, Array]:
@@ -33,31 +35,45 @@ def exact_values(bundle: Bundle, task: str) -> dict[str, Array]:
     return values | {name: apply(changes, values[name], np.float64) for name, changes in bundled_changes(bundle, task).items()}
 
 
-def torch_runner(bundle: Bundle, task: str, values: Mapping[str, Array]) -> Runner:
-    """The first output of the torch model on ``values``, computed in their dtype."""
+def torch_runner(bundle: Bundle, task: str, values: Mapping[str, Array], exact: bool = False) -> Runner:
+    """The first output of the torch model on ``values``, computed in the bundle's precision, or in float64 for ``exact``.
+
+    Raises ExportError where the base was not made by transformers: what made it is not in the bundle.
+    """
     import torch
 
-    model = skeleton(bundle.path / "base", bundle.graph(bundle.task(task)).head)
-    state = {name: torch.from_numpy(np.array(array)) for name, array in values.items()}
-    model = model.to(next(iter(state.values())).dtype)
-    tied = set(model.load_state_dict(state, strict=False).missing_keys) - dict(model.named_buffers()).keys()
-    assert all(_shares_storage(model, name, state) for name in tied), f"the graph lacks weights of the model: {sorted(tied)}"
+    from exporter.signature import signature
+
+    graph = bundle.graph(bundle.task(task))
+    head = graph.head
+    absent = sorted(graph.weights.keys() - values.keys())
+    assert not absent, f"no values for weights of the graph: {absent}"
+    if head.task_type == MODULE:
+        raise ExportError(f"{bundle.path}: task '{task}' was exported from a Python module, which the bundle can't rebuild; compare with the module itself")
+    model = skeleton(bundle.path / "base", head, bundle.manifest.base.precision)
+    model = model.to(torch.float64) if exact else model
+    unknown = model.load_state_dict({name: _tensor(array) for name, array in values.items()}, strict=False).unexpected_keys
+    assert not unknown, f"the graph has weights that the model lacks: {unknown}"
+    module = signature(model, head).module
 
     def run(inputs: Inputs) -> Array:
         with torch.no_grad():
-            output: Array = model(**{name: torch.from_numpy(values) for name, values in inputs.items()})[0].numpy()
+            output: Array = module({name: _tensor(values) for name, values in inputs.items()})[0].numpy()
         return output
 
     return run
 
 
-def _shares_storage(model: object, name: str, state: Mapping[str, object]) -> bool:
-    """Whether the parameter is another name of one that was loaded."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))  # type: ignore[attr-defined]
-    return any(parameters[name] is parameters[other] for other in state if other in parameters)
+def _tensor(values: Array) -> Any:
+    """A torch tensor of the same dtype; numpy's bfloat16 comes from ml_dtypes, which torch does not know."""
+    import torch
+
+    if values.dtype.name == "bfloat16":
+        return torch.from_numpy(np.array(values).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(values))
 
 
-def _stored(bundle: Bundle, task: str, of_base: bool) -> ModelWeights:
+def _own_stored(bundle: Bundle, task: str) -> Mapping[str, Array]:
     record = bundle.task(task)
-    files = bundle.manifest.base.weights if of_base else (record.weights,)
-    return ModelWeights([TensorFile(bundle.checked(file)) for file in files], bundle.graph(record).weights)
+    files = [TensorFile(bundle.checked(record.weights))] if record.weights else []
+    return ModelWeights(files, bundle.graph(record).weights)

@@ -7,44 +7,48 @@ loader: its graph is an existing task's, pointed at its own tensors.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import onnx
 
-from exporter.base import base_weights, check_config, head_of, input_limits, model_inputs, skeleton
-from exporter.bundle.manifest import SCHEMA, Base, Bundle, File, Graph, Head, Manifest, Port, Task, check_task_name
+from exporter.bundle.manifest import MODULE, SCHEMA, Base, Bundle, File, Graph, Head, Manifest, Precision, Store, Task, check_task_name, open_bundle
 from exporter.bundle.staging import commit, current_bundle, describe, named_by_content, staging
+from exporter.changes import brought_whole
+from exporter.dense import Dense, Progress, held_weights, known_dense, traced_dense
 from exporter.digest import graph_digest
-from exporter.external import load_graph, pointed
+from exporter.external import pointed
+from exporter.heads import head_of
 from exporter.layout import ModelWeights, key, to_graph
+from exporter.source import Source, checkpoint
 from lora.adapter import Adapter
 from lora.bases.checkpoint import fingerprint
 from lora.errors import BundleError, ExportError
 from lora.fit import changes_by_parameter
 from lora.formats.peft import read_peft
-from lora.merge import check_base, merge
-from lora.tensorfile import Array, Lazy, TensorFile, write_tensors
+from lora.merge import Targets, check_base, merge
+from lora.tensorfile import TensorFile, TensorWriter
 
-SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 TOOLS = ("lorafuse", "onnx")
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to export: folders of the base and the adapter, the task's name, its class labels (may be empty)."""
+    """What to export: folders of the base and the adapter (None: the base as it is), the task's name, its class labels (may be empty).
+
+    ``task_type`` overrides the adapter's, ``precision`` None is the bundle's, or float32 in a new one.
+    """
 
     base: Path
-    adapter: Path
+    adapter: Path | None
     task: str
     labels: tuple[str, ...] = ()
+    task_type: str | None = None
+    precision: Precision | None = None
+    store: Store = "dense"
 
 
 @dataclass(frozen=True)
@@ -62,160 +66,188 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class _Dense:
-    """The dense graph for a head, and the files that hold the base's weights for it."""
+class Plan:
+    """A task to be written: what its head, adapter, labels and way of storage were found to be."""
 
-    graph: Graph
-    proto: onnx.ModelProto
-    weights: tuple[TensorFile, ...]
-    added: tuple[File, ...]
-    traced: bool
+    task: str
+    adapter: Adapter
+    head: Head
+    labels: tuple[str, ...]
+    store: Store
 
 
 def export_task(request: Request, out: Path, progress: Progress = lambda step: None) -> Exported:
     """Merge ``request.adapter`` into ``request.base`` and write the task into the bundle ``out``, created if need be.
 
     A task of the same name is replaced. Raises a LorafuseError, and leaves the bundle as it was, when the adapter can't
-    be read or does not fit, the bundle holds another base, the labels do not match the head, or the disk is full.
+    be read or does not fit, the bundle holds another base or precision, the labels do not match the head, or the disk is full.
     """
     check_task_name(request.task)
     progress("reading the adapter")
-    adapter = read_peft(request.adapter)
-    head = head_of(adapter)
-    labels = _labels(request, head)
-    base_sha256 = fingerprint(request.base)
-    check_base(adapter, base_sha256)
+    adapter = _read(request)
+    head = head_of(adapter, request.base, request.task_type)
     existing = current_bundle(out)
-    _check_same_base(existing, base_sha256)
+    precision = precision_of(existing, request.precision)
+    with ThreadPoolExecutor(2) as pool:  # both read gigabytes to hash them
+        hashing = pool.submit(fingerprint, request.base)
+        held = held_weights(existing) if existing else ()
+        sha256 = hashing.result()
+    check_base(adapter, sha256)
+    check_same_base(existing, sha256)
+    plan = Plan(request.task, adapter, head, _labels(request, head), request.store)
+    if existing is not None and len(held) == len(existing.manifest.base.weights):
+        dense = known_dense(existing, head, held)
+        if dense is not None:
+            with staging(out) as stage:
+                return write_task(out, stage, plan, dense, existing.manifest.base, progress)
+    return export_traced(checkpoint(request.base, sha256), plan, precision, existing, held, out, progress)
+
+
+def export_traced(
+    source: Source, plan: Plan, precision: Precision, existing: Bundle | None, held: tuple[TensorFile, ...], out: Path, progress: Progress
+) -> Exported:
+    """Trace ``source`` and write the task. ``held`` are the files of the base's weights that the bundle has, undamaged."""
     with staging(out) as stage:
-        dense = _known_dense(existing, head) or _traced_dense(request, head, adapter, existing, stage, progress)
-        progress("merging")
-        changed = _merged(dense, adapter)
-        model, weights = _write_task(stage, request.task, dense, changed)
-        task = Task(
-            graph=graph_digest(dense.proto),
-            model=model,
-            weights=weights,
-            adapter=_copy_adapter(stage, request.task, adapter),
-            adapter_sha256=adapter.sha256,
-            labels=labels,
-        )
-        base = _staged_base(stage, request.base, base_sha256, existing, dense)
-        progress("writing the bundle")
-        bundle = commit(out, stage, lambda current: _with_task(current, base, request.task, task, dense.graph))
+        dense = traced_dense(source, plan.head, precision, plan.adapter, held, stage, progress)
+        base = _staged_base(stage, source, precision, existing, dense)
+        return write_task(out, stage, plan, dense, base, progress)
+
+
+def add_task(bundle: Path, adapter: Path, task: str, labels: tuple[str, ...] = (), store: Store = "dense", progress: Progress = lambda step: None) -> Exported:
+    """Add a task to a bundle without its base's checkpoint: the bundle has the weights, and a graph for each head that it knows.
+
+    Raises BundleError when no task has the adapter's head, or the base's weights are damaged, and what ``export_task`` raises.
+    """
+    check_task_name(task)
+    progress("reading the adapter")
+    existing = open_bundle(bundle)
+    request = Request(existing.path / "base", adapter, task, labels, store=store)
+    read = _read(request)
+    check_base(read, existing.manifest.base.sha256)
+    head = _module_head(existing) or head_of(read, request.base)
+    files = existing.manifest.base.weights
+    dense = known_dense(existing, head, tuple(TensorFile(existing.present(file)) for file in files))
+    if dense is None:
+        raise BundleError(f"{bundle}: no task has a {head.task_type} head of {head.outputs} outputs yet; add the first with 'lorafuse export', from the base")
+    plan = Plan(task, read, head, _labels(request, head), store)
+    with ThreadPoolExecutor(1) as pool, staging(bundle) as stage:
+        checks = [pool.submit(existing.checked, file) for file in files]  # while the tensors are merged; waited for before anything is changed
+        return write_task(bundle, stage, plan, dense, existing.manifest.base, progress, lambda: [check.result() for check in checks])
+
+
+def write_task(out: Path, stage: Path, plan: Plan, dense: Dense, base: Base, progress: Progress, before: Callable[[], object] = lambda: None) -> Exported:
+    """Merge, stage the task's files, and commit them once ``before`` has returned."""
+    progress("merging")
+    stored = ModelWeights(dense.weights, dense.graph.weights)
+    targets = changes_by_parameter(stored, plan.adapter)
+    _check_places(plan.adapter, targets, dense.graph)
+    weights, changed = _write_changed(stage, plan, dense, stored, targets)
+    model = _write_graph(stage, plan, dense, weights)
+    task = Task(
+        graph=graph_digest(dense.proto),
+        model=model,
+        weights=weights,
+        store=plan.store,
+        adapter=_copy_adapter(stage, plan.task, plan.adapter),
+        adapter_sha256=plan.adapter.sha256,
+        labels=plan.labels,
+    )
+    before()
+    progress("writing the bundle")
+    bundle = commit(out, stage, lambda current: _with_task(current, base, plan.task, task, dense.graph))
     return Exported(
         bundle=bundle,
-        task=request.task,
+        task=plan.task,
         traced=dense.traced,
         base_bytes=sum(file.size for file in dense.added),
         graph_bytes=model.size,
-        changed_bytes=weights.size,
+        changed_bytes=weights.size if weights else 0,
         adapter_bytes=sum(file.size for file in task.adapter),
         changed=tuple(sorted(changed)),
     )
 
 
+def _read(request: Request) -> Adapter:
+    if request.adapter is None:
+        return Adapter(request.base, "none", (), "", ())
+    return read_peft(request.adapter)
+
+
+def precision_of(existing: Bundle | None, asked: Precision | None) -> Precision:
+    """The precision that was asked for, which must be the bundle's where there is one. Raises BundleError when it is not."""
+    if existing is None:
+        return asked or "float32"
+    held = existing.manifest.base.precision
+    if asked not in (None, held):
+        raise BundleError(f"{existing.path}: its graphs compute in {held}, but {asked} was asked for; use a bundle of its own")
+    return held
+
+
+def _module_head(bundle: Bundle) -> Head | None:
+    """The one head of a bundle that was made of a Python module, whose adapters say nothing about it."""
+    heads = {graph.head for graph in bundle.manifest.graphs.values()}
+    return heads.pop() if len(heads) == 1 and all(head.task_type == MODULE for head in heads) else None
+
+
 def _labels(request: Request, head: Head) -> tuple[str, ...]:
     if not request.labels:
-        return () if head.outputs == 1 else tuple(f"LABEL_{index}" for index in range(head.outputs))
+        return tuple(f"LABEL_{index}" for index in range(head.outputs)) if head.classifies and head.outputs > 1 else ()
+    if not head.classifies:
+        raise ExportError(f"{request.adapter or request.base}: a {head.task_type} model has no classes, but labels were given; leave them out")
     if len(request.labels) != head.outputs:
-        raise ExportError(f"{request.adapter}: the head has {head.outputs} outputs, but {len(request.labels)} labels were given; give one per output")
+        raise ExportError(
+            f"{request.adapter or request.base}: the head has {head.outputs} outputs, but {len(request.labels)} labels were given; give one per output"
+        )
     return request.labels
 
 
-def _check_same_base(existing: Bundle | None, base_sha256: str) -> None:
+def check_same_base(existing: Bundle | None, base_sha256: str) -> None:
+    """Raises BundleError where the bundle holds another base."""
     if existing is not None and existing.manifest.base.sha256 != base_sha256:
         held = existing.manifest.base.sha256
         raise BundleError(f"{existing.path}: holds tasks of the base {held[:12]}…, but this base is {base_sha256[:12]}…; use a bundle of its own")
 
 
-def _known_dense(existing: Bundle | None, head: Head) -> _Dense | None:
-    """The dense graph of a task in the bundle that has the same head; none where a new trace must replace a damaged file."""
-    weights = _held_weights(existing) if existing else ()
-    if existing is None or len(weights) < len(existing.manifest.base.weights):
-        return None
-    for task in existing.manifest.tasks.values():
-        graph = existing.graph(task)
-        if graph.head == head:
-            with suppress(BundleError):
-                return _Dense(graph, load_graph(existing.checked(task.model)), weights, added=(), traced=False)
-    return None
-
-
-def _traced_dense(request: Request, head: Head, adapter: Adapter, existing: Bundle | None, stage: Path, progress: Progress) -> _Dense:
-    """Trace the base with ``head``, and stage those of its weights that the bundle does not hold yet."""
-    check_config(request.base)
-    progress("tracing the base model (once for this head)")
-    graph, proto = _trace(request.base, head)
-    progress("writing the base's weights")
-    values = base_weights(request.base, head, adapter.replaced)
-    held = _held_weights(existing) if existing else ()
-    absent = {key(name, order): _lazy(values[name], order) for name, order in graph.weights.items() if name in values}
-    for file in held:
-        absent = {name: tensor for name, tensor in absent.items() if name not in file}
-    if not absent:
-        return _Dense(graph, proto, held, added=(), traced=True)
-    write_tensors(stage / "base.safetensors", absent)
-    added = named_by_content(stage / "base.safetensors", "base")
-    return _Dense(graph, proto, (*held, TensorFile(stage / added.path)), added=(added,), traced=True)
-
-
-def _held_weights(bundle: Bundle) -> tuple[TensorFile, ...]:
-    """The files of the base's weights, without damaged ones: an export writes those again."""
-    held = []
-    for file in bundle.manifest.base.weights:
-        with suppress(BundleError):
-            held.append(TensorFile(bundle.checked(file)))
-    return tuple(held)
-
-
-def _trace(base: Path, head: Head) -> tuple[Graph, onnx.ModelProto]:
-    import torch
-
-    from exporter.trace import trace
-
-    # Distinct sizes above 1, so that no axis can be taken for a constant or for another.
-    inputs = {name: torch.ones(2, 16, dtype=torch.long) for name in model_inputs(base)}
-    traced = trace(skeleton(base, head), inputs, ("logits",), {0: "batch", 1: "sequence"})
-    ports = [tuple(_port(value) for value in values) for values in (traced.graph.graph.input, traced.graph.graph.output)]
-    return Graph(head=head, inputs=ports[0], outputs=ports[1], weights=traced.weights), traced.graph
-
-
-def _port(value: onnx.ValueInfoProto) -> Port:
-    tensor = value.type.tensor_type
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
-    return Port(name=value.name, dtype=dtype, shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim))
-
-
-def _lazy(values: Array, order: tuple[int, ...] | None) -> Lazy:
-    shape = values.shape if order is None else tuple(values.shape[axis] for axis in order)
-    return Lazy(values.dtype, shape, lambda: to_graph(values, order))
-
-
-def _merged(dense: _Dense, adapter: Adapter) -> dict[str, Array]:
-    """The task's changed tensors by parameter name; each has a place in the graph."""
-    base = ModelWeights(dense.weights, dense.graph.weights)
-    changed = {merged.parameter: merged.stored for merged in merge(base, changes_by_parameter(base, adapter), adapter.path)}
-    unused = sorted(changed.keys() - dense.graph.weights.keys())
+def _check_places(adapter: Adapter, targets: Iterable[str], graph: Graph) -> None:
+    unused = sorted(set(targets) - graph.weights.keys())
     if unused:
         raise ExportError(f"{adapter.path}: tensor '{unused[0]}' has no place in the graph; the adapter was trained on another model")
-    return changed
 
 
-def _write_task(stage: Path, name: str, dense: _Dense, changed: Mapping[str, Array]) -> tuple[File, File]:
-    """Stage the task's tensors and its graph, which points at them and at the base's."""
-    dtypes = {tensor.name: onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in dense.proto.graph.initializer}
-    weight_map = dense.graph.weights
-    lazy = {key(parameter, weight_map[parameter]): _lazy(values.astype(dtypes[parameter]), weight_map[parameter]) for parameter, values in changed.items()}
-    write_tensors(stage / "task.safetensors", lazy)
-    weights = named_by_content(stage / "task.safetensors", name)
-    proto = pointed(dense.proto, weight_map, (*dense.weights, TensorFile(stage / weights.path)))
+def _write_changed(stage: Path, plan: Plan, dense: Dense, stored: ModelWeights, targets: Targets) -> tuple[File | None, list[str]]:
+    """Merge one tensor after the other and stage those that the task's file is to hold; the names of all that change."""
+    order = dense.graph.weights
+    kept = {name for name, changes in targets.items() if plan.store == "dense" or brought_whole(changes)}
+    expected = {key(name, order[name]): (dense.dtypes[name], _shape(dense, name)) for name in kept}
+    widest_first = dict(sorted(targets.items(), key=lambda target: (-dense.dtypes[target[0]].itemsize, target[0])))  # keeps every tensor aligned
+    changed = []
+    with TensorWriter(stage / "task.safetensors", expected) as writer:
+        for merged in merge(stored, widest_first, plan.adapter.path, {name: dense.dtypes[name] for name in targets}):
+            changed.append(merged.parameter)
+            if merged.parameter in kept:
+                writer.add(key(merged.parameter, order[merged.parameter]), to_graph(merged.stored, order[merged.parameter]))
+    if not kept:
+        (stage / "task.safetensors").unlink()
+        return None, changed
+    return named_by_content(stage / "task.safetensors", plan.task), changed
+
+
+def _shape(dense: Dense, name: str) -> tuple[int, ...]:
+    return next(tuple(tensor.dims) for tensor in dense.proto.graph.initializer if tensor.name == name)
+
+
+def _write_graph(stage: Path, plan: Plan, dense: Dense, weights: File | None) -> File:
+    """Stage the graph, pointed at the task's tensors and the base's; without tensors of its own it is one that tasks share."""
+    files = (*dense.weights, TensorFile(stage / weights.path)) if weights else dense.weights
+    proto = pointed(dense.proto, dense.graph.weights, files)
     (stage / "task.onnx").write_bytes(proto.SerializeToString(deterministic=True))
-    return named_by_content(stage / "task.onnx", name), weights
+    return named_by_content(stage / "task.onnx", plan.task if weights else "base")
 
 
 def _copy_adapter(stage: Path, task: str, adapter: Adapter) -> tuple[File, ...]:
     """Keep the adapter beside what was made of it: a bundle can be verified against its formula without other files."""
+    if not adapter.files:
+        return ()
     folder = f"adapters/{task}-{adapter.sha256[:8]}"
     (stage / folder).mkdir(parents=True)
     for file in adapter.files:
@@ -223,26 +255,24 @@ def _copy_adapter(stage: Path, task: str, adapter: Adapter) -> tuple[File, ...]:
     return tuple(describe(stage, f"{folder}/{file.name}") for file in adapter.files)
 
 
-def _staged_base(stage: Path, folder: Path, sha256: str, existing: Bundle | None, dense: _Dense) -> Base:
+def _staged_base(stage: Path, source: Source, precision: Precision, existing: Bundle | None, dense: Dense) -> Base:
     if existing is not None:
         return msgspec.structs.replace(existing.manifest.base, weights=(*existing.manifest.base.weights, *dense.added))
     (stage / "base").mkdir()
-    names = [name for name in SIDE_FILES if (folder / name).is_file()]
-    for name in names:
-        shutil.copyfile(folder / name, stage / "base" / name)
-    longest, vocabulary = input_limits(folder)
-    files = tuple(describe(stage, f"base/{name}") for name in names)
-    return Base(sha256=sha256, longest=longest, vocabulary=vocabulary, weights=dense.added, files=files)
+    for file in source.files:
+        shutil.copyfile(file, stage / "base" / file.name)
+    files = tuple(describe(stage, f"base/{file.name}") for file in source.files)
+    return Base(source.sha256, precision, longest=source.longest, vocabulary=source.vocabulary, weights=dense.added, files=files)
 
 
 def _with_task(current: Manifest | None, base: Base, name: str, task: Task, graph: Graph) -> Manifest:
     """The current manifest with the task added: what another export has added meanwhile stays."""
     if current is None:
         return Manifest(schema=SCHEMA, base=base, graphs={task.graph: graph}, tasks={name: task}, versions=_versions())
-    if current.base.sha256 != base.sha256:
+    if (current.base.sha256, current.base.precision) != (base.sha256, base.precision):
         raise BundleError(f"task '{name}': another export has made this bundle for another base meanwhile; use a bundle of its own")
     former = current.tasks.get(name)
-    if former is not None and former.model == task.model:
+    if former is not None and (former.model, former.adapter_sha256) == (task.model, task.adapter_sha256):
         task = msgspec.structs.replace(task, engines=former.engines)
     tasks = dict(sorted({**current.tasks, name: task}.items()))
     graphs = {**current.graphs, task.graph: graph}

@@ -18,10 +18,13 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 
-from exporter.fold_transposes import Permutation, fold_weight_transposes, is_weight_transpose
+from exporter.fold_transposes import Permutation, fold_weight_transposes
+from exporter.precision import keep_in_float32
+from exporter.signature import Signature
 
 # Larger constants are weights; folding them would lose their names.
 FOLD_LIMIT = 1024
+MODEL = "model."  # where a signature's module keeps the model
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,19 @@ class Trace:
     weights: dict[str, Permutation | None]
 
 
-def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], outputs: tuple[str, ...], axes: Mapping[int, str]) -> Trace:
-    """Trace ``module(**inputs)``; the ``axes`` of every input are dynamic and bear the names given.
+def trace(signature: Signature) -> Trace:
+    """Trace the signature's module. Weights bear the names they have in ``signature.module.model``; a tied one the first of its names.
 
-    The module's floating-point parameters and persistent buffers are overwritten: pass one made for this purpose.
+    Values are no part of the graph, and the module's floating-point parameters and persistent buffers are overwritten: pass one made for this purpose.
     """
-    weights = _fill_with_dummies(module)
+    names = _fill_with_dummies(signature.module)
     with _quiet():
         program = torch.onnx.export(
-            module.eval(),
-            (),
-            kwargs=dict(inputs),
-            output_names=list(outputs),
-            dynamic_shapes={name: dict(axes) for name in inputs},
+            signature.module.eval(),
+            kwargs={"inputs": signature.inputs},
+            input_names=list(signature.inputs),
+            output_names=list(signature.outputs),
+            dynamic_shapes={"inputs": signature.axes},
             dynamo=True,
             optimize=False,
             verbose=False,
@@ -58,23 +61,49 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], outputs: 
             graph,
             input_size_limit=FOLD_LIMIT,
             output_size_limit=FOLD_LIMIT,
-            should_fold=lambda node: False if is_weight_transpose(node) else None,
+            should_fold=lambda node: False if _reads_a_weight(node, names) else None,
         )
+    weights = _with_names_of_the_model(graph, names)
     permutations = fold_weight_transposes(graph)
-    stored = {name: permutations.get(name) for name in graph.graph.initializers if name in weights}
+    stored = {name: permutations.get(name) for name in weights}
+    keep_in_float32(graph)
     _forget_values(graph, stored)
     _forget_origins(graph)
     return Trace(ir.to_proto(graph), stored)
 
 
-def _fill_with_dummies(module: torch.nn.Module) -> set[str]:
-    """Give every weight unique values; return the weights' names, each alias of a tied one included."""
+def _fill_with_dummies(module: torch.nn.Module) -> dict[str, str]:
+    """Give every weight unique values. Returns {name in ``module``: name in ``module.model``, of a tied weight the first}.
+
+    The head of a weight makes it unique. The rest of a large one is not even touched: its memory is never needed.
+    """
     generator = torch.Generator().manual_seed(0)
-    weights = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_floating_point()}
+    first: dict[int, str] = {}
+    names = {}
     with torch.no_grad():
-        for tensor in weights.values():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.02 + 0.01)
-    return set(weights)
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():
+                head = tensor.view(-1)[:FOLD_LIMIT]
+                head.copy_(torch.rand(head.shape, generator=generator) * 0.02 + 0.01)
+                names[name] = first.setdefault(id(tensor), name.removeprefix(MODEL))
+    return names
+
+
+def _reads_a_weight(node: ir.Node, weights: Mapping[str, str]) -> bool:
+    """Folding such a node would turn a weight, however small, into a constant without a name."""
+    return any(value is not None and value.is_initializer() and value.name in weights for value in node.inputs)
+
+
+def _with_names_of_the_model(graph: ir.Model, names: Mapping[str, str]) -> list[str]:
+    """Rename the initializers that are weights, and return their new names in the graph's order."""
+    initializers = graph.graph.initializers
+    weights = []
+    for name in [name for name in initializers if name in names]:
+        value = initializers.pop(name)
+        value.name = names[name]
+        initializers.add(value)
+        weights.append(names[name])
+    return weights
 
 
 def _forget_values(model: ir.Model, weights: Mapping[str, Permutation | None]) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from ml_dtypes import finfo  # numpy's own knows no bfloat16
 
-from exporter.arms import bundled_changes, merged_graph
-from exporter.bundle.manifest import Bundle
+from exporter.arms import merged_graph
+from exporter.bundle.manifest import Bundle, Precision
+from exporter.changes import bundled_changes
 from exporter.digest import graph_digest
 from exporter.reference import Inputs, Runner, base_values, exact_values, merged_values, torch_runner
 from lora.adapter import Change
@@ -21,10 +24,10 @@ from lora.errors import LorafuseError
 from lora.merge import Targets
 from lora.tensorfile import Array
 
-# Of the largest output. A float32 encoder of 6 layers is off by about 1e-6 of it; a wrong weight by 1e-2 and more.
-OUTPUT_BOUND = 2e-5
+# Of the largest output. A float32 encoder of 6 layers is off by about 1e-6 of it, one in float16 by 2e-3, in bfloat16 by 1e-2.
+OUTPUT_BOUND: Mapping[Precision, float] = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
 # The task must move the outputs by this many times the bound, or "equal" would say nothing.
-LEAST_MOVE = 10
+LEAST_MOVE: Mapping[Precision, float] = {"float32": 10, "float16": 3, "bfloat16": 3}
 
 
 @dataclass(frozen=True)
@@ -73,30 +76,31 @@ def verify(bundle: Bundle, task: str, batches: Sequence[Inputs], runners: Mappin
     ``runners`` are the further stages by name (ONNX, engines); one that raises a LorafuseError is reported as not run.
     """
     exact_weights, stored_weights, base = exact_values(bundle, task), merged_values(bundle, task), base_values(bundle, task)
-    oracle = torch_runner(bundle, task, exact_weights)
+    oracle, changes, precision = torch_runner(bundle, task, exact_weights, exact=True), bundled_changes(bundle, task), bundle.manifest.base.precision
     exact = [oracle(batch) for batch in batches]
+    bound = OUTPUT_BOUND[precision] * max(float(np.abs(outputs).max()) for outputs in exact)
     stages = [
-        _weights_stage(bundled_changes(bundle, task), base, exact_weights, stored_weights),
-        _output_stage("merged torch", exact, batches, torch_runner(bundle, task, stored_weights)),
-        *(_output_stage(name, exact, batches, run) for name, run in runners.items()),
+        _weights_stage(changes, base, exact_weights, stored_weights),
+        _output_stage("merged torch", exact, bound, batches, torch_runner(bundle, task, stored_weights)),
+        *(_output_stage(name, exact, bound, batches, run) for name, run in runners.items()),
     ]
-    unadapted = torch_runner(bundle, task, {name: values.astype(np.float64) for name, values in base.items()})
+    unadapted = torch_runner(bundle, task, base, exact=True)
     return Verification(
         task=task,
         inputs=sum(len(outputs) for outputs in exact),
         stages=tuple(stages),
         moved=max(float(np.abs(outputs - unadapted(batch)).max()) for outputs, batch in zip(exact, batches, strict=True)),
-        least_move=LEAST_MOVE * _output_bound(exact),
+        least_move=LEAST_MOVE[precision] * bound if changes else 0.0,
         digest=graph_digest(merged_graph(bundle, task)),
         unadapted_digest=bundle.task(task).graph,  # taken when the base was traced; the arms are made of the merged graph and prove nothing
     )
 
 
 def _weights_stage(changes: Targets, base: Mapping[str, Array], exact: Mapping[str, Array], stored: Mapping[str, Array]) -> Stage:
-    """Every stored weight against the formula; a merged one within the rounding of its own float32 computation."""
+    """Every stored weight against the formula; a merged one within the rounding of its own float32 computation and of its dtype."""
     worst = (-1.0, "", 0.0, 0.0, 0.0)
     for name, want in exact.items():
-        bound = _rounding(base[name], changes.get(name, []))
+        bound = _rounding(base[name], changes.get(name, []), want, stored[name].dtype)
         excess = np.abs(stored[name].astype(np.float64) - want) / bound
         place = np.unravel_index(int(excess.argmax()), excess.shape)
         if not (excess[place] <= worst[0] or np.isnan(worst[0])):  # NaN is the worst of all
@@ -105,13 +109,16 @@ def _weights_stage(changes: Targets, base: Mapping[str, Array], exact: Mapping[s
     return Stage("stored weights", abs(got - value), limit, where, got, value, excess_ratio <= 1)
 
 
-def _rounding(base: Array, changes: Sequence[Change]) -> Array:
-    """What float32 may lose in the changes; where there are none, the value must be exact."""
-    return sum((error_bound(change, base) for change in changes), start=np.full(base.shape, np.finfo(np.float64).tiny))
+def _rounding(base: Array, changes: Sequence[Change], exact: Array, dtype: np.dtype[Any]) -> Array:
+    """What float32 may lose in the changes, and half a unit of a narrower dtype; where there are no changes, the value must be exact."""
+    bound: Array = sum((error_bound(change, base) for change in changes), start=np.full(base.shape, np.finfo(np.float64).tiny))
+    if changes and dtype != np.float32:
+        limits = finfo(dtype)  # type: ignore[no-untyped-call]
+        bound += np.maximum(np.abs(exact), float(limits.tiny)) * float(limits.eps) * 0.5
+    return bound
 
 
-def _output_stage(name: str, exact: Sequence[Array], batches: Sequence[Inputs], run: Runner) -> Stage:
-    bound = _output_bound(exact)
+def _output_stage(name: str, exact: Sequence[Array], bound: float, batches: Sequence[Inputs], run: Runner) -> Stage:
     try:
         outputs = [run(batch) for batch in batches]
     except LorafuseError as error:
@@ -123,7 +130,3 @@ def _output_stage(name: str, exact: Sequence[Array], batches: Sequence[Inputs], 
     where = f"input {row}, output {list(map(int, place[1:]))}"
     worst = float(differences[batch][place])
     return Stage(name, worst, bound, where, float(outputs[batch][place]), float(exact[batch][place]), worst <= bound)
-
-
-def _output_bound(exact: Sequence[Array]) -> float:
-    return OUTPUT_BOUND * max(float(np.abs(outputs).max()) for outputs in exact)

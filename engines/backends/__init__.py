@@ -22,10 +22,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Model:
-    """An ONNX graph, and the folder in which its external data lie."""
+    """An ONNX graph, and the folder in which its external data lie; ``values`` take the place of initializers of those names."""
 
     graph: bytes
     folder: Path
+    values: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

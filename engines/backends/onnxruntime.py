@@ -51,6 +51,9 @@ class OnnxRuntime:
             options.add_session_config_entry(SPINNING, "0")
         if not self._optimize:
             options.graph_optimization_level = self._api.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if model.values:
+            names = sorted(model.values)
+            options.add_external_initializers(names, [self._api.OrtValue.ortvalue_from_numpy(model.values[name]) for name in names])
         try:
             session = self._api.InferenceSession(model.graph, options, providers=[PROVIDER])
         except Exception as error:  # the API raises classes of its own that share no root but Exception

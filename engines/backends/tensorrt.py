@@ -39,6 +39,8 @@ class TensorRT:
 
     def build(self, model: Model, options: BuildOptions, progress: Progress) -> Plan:
         """Build the plan with one optimization profile over the model's dynamic axes."""
+        if model.values:
+            raise EngineError(f"{model.folder}: the task is stored as factors, but an engine holds dense weights; export the task with --store dense")
         log = _log(self._trt)
         builder = self._trt.Builder(log)
         flags = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

@@ -5,6 +5,7 @@
     base/config.json, tokenizer.json   what rebuilds the torch model and turns text into tokens
     <task>-<hash>.onnx                 the task's graph; weights are external data in the two safetensors files
     <task>-<hash>.safetensors          the tensors that the task changes
+    base-<hash>.onnx                   the unadapted graph, shared by tasks that are merged when they are loaded
     adapters/<task>-<hash>/            the adapter the task was merged from
     engines/                           built engines
 
@@ -19,16 +20,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import msgspec
 
 from lora.errors import BundleError
 from lora.tensorfile import file_sha256
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 FOLDERS = ("adapters", "base", "engines")
+# Task types (PEFT's names, and one of ours for images) whose outputs are classes, with labels.
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS")
+MODULE = "MODULE"  # a torch module that the caller brought
+Precision = Literal["float32", "float16", "bfloat16"]
+Store = Literal["dense", "factors"]
 RESERVED = frozenset({"manifest", *FOLDERS})
 
 
@@ -49,10 +56,19 @@ class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What distinguishes one dense graph over a base from another."""
+    """What distinguishes one dense graph over a base from another: the task type (PEFT's name for it) and the number of outputs.
+
+    ``tied`` says that a language model's output embedding, where the base ties it to the input's, still is.
+    """
 
     task_type: str
     outputs: int
+    tied: bool = True
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the outputs are classes, or the one value of a regression."""
+        return self.task_type in CLASSIFIERS
 
 
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,11 +95,16 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A task: the digest of its graph, its files, its class labels (none for a regression) and its engines by backend."""
+    """A task: the digest of its graph, its files, its class labels (none for a regression) and its engines by backend.
+
+    ``store`` says whether the changed tensors are in ``weights``, merged, or are merged from ``adapter`` whenever the
+    task is loaded; then ``weights`` holds the tensors that the adapter brings whole. It is None where there are none.
+    """
 
     graph: str
     model: File
-    weights: File
+    weights: File | None
+    store: Store
     adapter: tuple[File, ...]
     adapter_sha256: str
     labels: tuple[str, ...]
@@ -93,10 +114,12 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The base: the fingerprint of the checkpoint, its weights in the graph's layout, and its side files.
 
-    ``longest`` is the longest sequence it takes, in tokens, and ``vocabulary`` the number of its token ids.
+    ``longest`` is the longest sequence it takes, in tokens, and ``vocabulary`` the number of its token ids. ``precision``
+    is the dtype of the graphs' weights and products.
     """
 
     sha256: str
+    precision: Precision
     longest: int
     vocabulary: int
     weights: tuple[File, ...]
@@ -131,15 +154,20 @@ class Bundle:
         """The graph that the task shares with those of the same head."""
         return self.manifest.graphs[task.graph]
 
+    def present(self, file: File) -> Path:
+        """The file's path, after its size was compared. Raises BundleError when it is missing or of another size."""
+        path = self.path / file.path
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(f"{path}: missing from the bundle; export the task again")
+        if path.stat().st_size != file.size:
+            raise BundleError(f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again")
+        return path
+
     def checked(self, file: File) -> Path:
         """The file's path, after its size and SHA-256 were compared. Raises BundleError when they differ."""
         path = self.path / file.path
         try:
-            if path.is_symlink() or not path.is_file():
-                raise BundleError(f"{path}: missing from the bundle; export the task again")
-            if path.stat().st_size != file.size:
-                raise BundleError(f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again")
-            if file_sha256(path) != file.sha256:
+            if file_sha256(self.present(file)) != file.sha256:
                 raise BundleError(f"{path}: content does not match the manifest's SHA-256; export the task again")
         except OSError as error:
             raise BundleError(f"{path}: can't be read ({error.strerror}); export the task again") from error
@@ -156,7 +184,7 @@ def open_bundle(path: Path) -> Bundle:
 
 def task_files(task: Task) -> Iterator[File]:
     """Every file that belongs to ``task`` alone."""
-    yield from (task.model, task.weights, *task.adapter)
+    yield from (task.model, *([task.weights] if task.weights else ()), *task.adapter)
     yield from (engine.file for engine in task.engines.values() if engine.file is not None)
 
 
@@ -184,6 +212,8 @@ def _decode(path: Path) -> Manifest:
         schema = msgspec.json.decode(content, type=_Schema).schema
         if schema > SCHEMA:
             raise BundleError(f"{path}: schema {schema} is newer than this program reads ({SCHEMA}); update lorafuse")
+        if schema < SCHEMA:
+            raise BundleError(f"{path}: schema {schema} is of an earlier lorafuse, and this one reads {SCHEMA}; export the tasks again")
         manifest = msgspec.json.decode(content, type=Manifest)
         _check_references(path, manifest)
         _check_folders(path.parent, manifest)

@@ -13,18 +13,12 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from exporter.base import base_weights, check_config, head_of, input_limits, model_inputs, skeleton
+from exporter.base import base_weights, check_config, input_limits, skeleton
 from exporter.bundle.manifest import Head
-from lora.adapter import Adapter, Replacement
 from lora.errors import ExportError
 
 TWO = Head("SEQ_CLS", 2)
 HEAD = ("classifier.weight", "classifier.bias")
-
-
-def adapter_with(task_type: str | None = "SEQ_CLS", **saved: tuple[int, ...]) -> Adapter:
-    replacements = tuple(Replacement(name.replace("__", "."), np.zeros(shape, np.float32)) for name, shape in saved.items())
-    return Adapter(Path("adapter"), "PEFT", (), "0", tuple(replacements), task_type)
 
 
 @pytest.fixture
@@ -37,31 +31,6 @@ def configured(base: Path, **changes: object) -> Path:
     config = json.loads((base / "config.json").read_bytes()) | changes
     (base / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
     return base
-
-
-@pytest.mark.parametrize(
-    ("saved", "outputs"),
-    [
-        ({"classifier__weight": (2, 8), "classifier__bias": (2,)}, 2),
-        ({"classifier__dense__weight": (8, 8), "classifier__out_proj__weight": (5, 8)}, 5),
-        ({"score__weight": (1, 8)}, 1),
-    ],
-    ids=["BERT", "RoBERTa", "Llama, a regression"],
-)
-def test_the_head_has_as_many_outputs_as_its_last_layer_has_rows(saved: dict[str, tuple[int, ...]], outputs: int):
-    assert head_of(adapter_with(**saved)) == Head("SEQ_CLS", outputs)
-
-
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "TOKEN_CLS"])
-def test_a_task_type_that_can_not_be_traced_is_refused_with_those_that_can(task_type: str | None):
-    with pytest.raises(ExportError, match=rf"task_type {task_type!r} can't be exported yet; expected one of SEQ_CLS"):
-        head_of(adapter_with(task_type, classifier__weight=(2, 8)))
-
-
-@pytest.mark.parametrize("saved", [{}, {"classifier__bias": (2,)}, {"classifier__weight": (2,)}], ids=["nothing", "a bias only", "a vector"])
-def test_an_adapter_without_a_trained_head_is_refused(saved: dict[str, tuple[int, ...]]):
-    with pytest.raises(ExportError, match=r"holds no trained head .*; train it with modules_to_save"):
-        head_of(adapter_with(**saved))
 
 
 def test_the_skeleton_is_a_float32_model_with_the_head_in_evaluation_mode(base: Path):
@@ -117,12 +86,6 @@ def test_a_weight_of_another_shape_than_the_config_says_is_refused(base: Path):
         base_weights(configured(base, intermediate_size=16), TWO, HEAD)
 
 
-@pytest.mark.parametrize(("types", "pairs"), [(2, True), (1, False), (None, True)], ids=["BERT", "RoBERTa", "left to the default"])
-def test_token_types_are_an_input_only_where_the_model_tells_several_apart(base: Path, types: int | None, pairs: bool):
-    inputs = model_inputs(configured(base, type_vocab_size=types))
-    assert inputs == ("input_ids", "attention_mask", *(["token_type_ids"] if pairs else []))
-
-
 @pytest.mark.parametrize(
     ("tokenizer", "longest"),
     [({"model_max_length": 62}, 62), ({"model_max_length": 10**30}, 64), ({"model_max_length": 1e30}, 64), ({}, 64), (None, 64)],
@@ -142,9 +105,9 @@ def test_a_tokenizer_config_that_makes_no_sense_is_refused(base: Path, content: 
         input_limits(base)
 
 
-def test_a_config_without_vocabulary_is_refused(base: Path):
-    with pytest.raises(ExportError, match="vocab_size"):
-        input_limits(configured(base, vocab_size=None))
+def test_a_model_of_images_takes_no_tokens(base: Path):
+    vision_model(base)
+    assert input_limits(base)[1] == 0
 
 
 CONFIGS = {

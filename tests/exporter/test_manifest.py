@@ -58,6 +58,12 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path):
         open_bundle(tmp_path)
 
 
+def test_an_earlier_schema_is_refused_with_both_versions(tiny_copy: Path):
+    edited(tiny_copy, lambda content: content.update(schema=SCHEMA - 1))
+    with pytest.raises(BundleError, match=rf"schema {SCHEMA - 1} is of an earlier lorafuse, and this one reads {SCHEMA}; export the tasks again"):
+        open_bundle(tiny_copy)
+
+
 def test_a_newer_schema_is_refused_with_both_versions(tiny_copy: Path):
     edited(tiny_copy, lambda content: content.update(schema=SCHEMA + 1, something_new=[]))
     with pytest.raises(BundleError, match=rf"schema {SCHEMA + 1} is newer than this program reads \({SCHEMA}\); update lorafuse"):
@@ -190,7 +196,7 @@ def test_a_folder_name_longer_than_the_system_takes_is_refused(tiny_copy: Path):
         open_bundle(tiny_copy)
 
 
-NO_MANIFESTS = [b"", b"{", b"[]", b"null", b"\xff", b'{"schema": "1"}', b'{"schema": 1}', b'{"schema": 1e999}', b'{"schema": 1, "x": ' + b"[" * 100_000]
+NO_MANIFESTS = [b"", b"{", b"[]", b"null", b"\xff", b'{"schema": "1"}', b'{"schema": 2}', b'{"schema": 1e999}', b'{"schema": 2, "x": ' + b"[" * 100_000]
 
 
 @pytest.mark.parametrize("content", NO_MANIFESTS, ids=lambda content: content[:20].decode(errors="replace"))

@@ -24,11 +24,11 @@ def staged_task(stage: Path, name: str, content: str) -> Task:
     for path in paths:
         (stage / path).write_text(f"{path} {content}" * 10)
     model, weights, adapter = (describe(stage, path) for path in paths)
-    return Task(graph="g", model=model, weights=weights, adapter=(adapter,), adapter_sha256="0", labels=())
+    return Task(graph="g", model=model, weights=weights, store="dense", adapter=(adapter,), adapter_sha256="0", labels=())
 
 
 def with_task(current: Manifest | None, name: str, task: Task) -> Manifest:
-    base = Base(sha256="0", longest=1, vocabulary=1, weights=(), files=())
+    base = Base(sha256="0", precision="float32", longest=1, vocabulary=1, weights=(), files=())
     graphs = {"g": Graph(Head("SEQ_CLS", 1), (), (), {})}
     tasks = {**(current.tasks if current else {}), name: task}
     return Manifest(schema=SCHEMA, base=base, graphs=graphs, tasks=tasks, versions={})

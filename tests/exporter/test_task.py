@@ -261,9 +261,14 @@ ADAPTERS: dict[str, tuple[dict, type[LorafuseError], tuple[str, ...]]] = {
     "that changes nothing": ({"tensors": NO_CHANGE}, AdapterError, ("changes none of the 4 target weights", "lora_B is zero")),
     "with half of a factor pair": ({"tensors": {f"{QUERY}.lora_B.weight": None}}, AdapterError, (f"{QUERY}.lora_B.weight", "is missing")),
     "that holds NaN": ({"tensors": {f"{QUERY}.lora_A.weight": np.full((4, 32), np.nan)}}, AdapterError, (f"{QUERY}.lora_A.weight", "NaN")),
-    "without a head": ({"tensors": {f"base_model.model.{name}": None for name in HEAD}}, ExportError, ("holds no trained head", "modules_to_save")),
-    "with half a head": ({"tensors": {"base_model.model.classifier.bias": None}}, ExportError, ("'classifier.bias'", "neither in the base nor in the adapter")),
-    "of another task type": ({"config": {"task_type": "CAUSAL_LM"}}, ExportError, ("task_type 'CAUSAL_LM'", "SEQ_CLS")),
+    "without a head": (
+        {"tensors": {f"base_model.model.{name}": None for name in HEAD}},
+        ExportError,
+        ("'classifier.", "neither in the base nor in the adapter"),
+    ),
+    "with half a head": ({"tensors": {"base_model.model.classifier.bias": None}}, ExportError, ("'classifier.", "neither in the base nor in the adapter")),
+    "of another task type": ({"config": {"task_type": "SEQ_2_SEQ_LM"}}, ExportError, ("can't make a SEQ_2_SEQ_LM model of this base",)),
+    "of an unknown task type": ({"config": {"task_type": "NO_SUCH"}}, ExportError, ("task_type 'NO_SUCH'", "SEQ_CLS")),
     "with a field that can't be merged": ({"config": {"use_qalora": True}}, AdapterError, ("adapter_config.json", "use_qalora")),
 }
 

@@ -59,8 +59,8 @@ def test_a_good_task_differs_from_its_base_and_has_its_graph(good: Verification,
 
 def test_bounds_are_relative_to_the_largest_output(good: Verification):
     bound = stage(good, "ONNX graph").bound
-    assert bound == stage(good, "merged torch").bound == pytest.approx(good.least_move / LEAST_MOVE)
-    assert bound / OUTPUT_BOUND > abs(stage(good, "ONNX graph").want)
+    assert bound == stage(good, "merged torch").bound == pytest.approx(good.least_move / LEAST_MOVE["float32"])
+    assert bound / OUTPUT_BOUND["float32"] > abs(stage(good, "ONNX graph").want)
 
 
 @pytest.mark.parametrize("task", ["movies", "supersense"])

@@ -1,0 +1,50 @@
+"""What a task's adapter changes, out of the bundle, and the merge that a task stored as factors is loaded with. No torch, no onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from exporter.bundle.manifest import Bundle
+from exporter.layout import ModelWeights, to_graph
+from lora.adapter import Change, Replacement
+from lora.fit import changes_by_parameter
+from lora.formats.peft import read_peft
+from lora.merge import merge
+from lora.tensorfile import Array, TensorFile
+
+
+def bundled_changes(bundle: Bundle, task: str) -> dict[str, list[Change]]:
+    """{parameter: its changes} of the adapter that the task was made of; none where the task is the unadapted base."""
+    record = bundle.task(task)
+    if not record.adapter:
+        return {}
+    paths = [bundle.checked(file) for file in record.adapter]
+    return changes_by_parameter(base_stored(bundle, task), read_peft(paths[0].parent))
+
+
+def base_stored(bundle: Bundle, task: str) -> ModelWeights:
+    """The base's weights that the task's graph reads, by parameter name."""
+    return ModelWeights([TensorFile(bundle.checked(file)) for file in bundle.manifest.base.weights], bundle.graph(bundle.task(task)).weights)
+
+
+def brought_whole(changes: Sequence[Change]) -> bool:
+    """Whether the adapter brings the tensor itself, so that there is nothing to merge."""
+    return all(isinstance(change, Replacement) for change in changes)
+
+
+def merged_at_load(bundle: Bundle, task: str) -> dict[str, Array]:
+    """The tensors that loading the task must merge, by parameter name and in the model's axis order; none for a dense task.
+
+    The same numbers as a dense export stores: W + ΔW in float32, rounded once. Raises AdapterError as the merge does.
+    """
+    record = bundle.task(task)
+    if record.store == "dense":
+        return {}
+    targets = {name: changes for name, changes in bundled_changes(bundle, task).items() if not brought_whole(changes)}
+    return {merged.parameter: merged.stored for merged in merge(base_stored(bundle, task), targets, bundle.path / record.adapter[0].path)}
+
+
+def in_graph_order(bundle: Bundle, task: str, values: Mapping[str, Array]) -> dict[str, Array]:
+    """``values`` as the graph's initializers of those names have them."""
+    weights = bundle.graph(bundle.task(task)).weights
+    return {name: to_graph(tensor, weights[name]) for name, tensor in values.items()}

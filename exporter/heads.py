@@ -1,0 +1,87 @@
+"""Which dense model an adapter was trained in: its task type and how many outputs it has. Reads JSON only, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporter.bundle.manifest import CLASSIFIERS, Head
+from lora.adapter import Adapter, Blend, Replacement, Rows
+from lora.bases.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDING, read_config
+from lora.errors import ExportError
+
+# {task type: what transformers calls a model's class for it}. The names are PEFT's; it has none for classifying images.
+TASK_TYPES: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("ForSequenceClassification",),
+    "TOKEN_CLS": ("ForTokenClassification",),
+    "QUESTION_ANS": ("ForQuestionAnswering",),
+    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
+    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
+    "IMAGE_CLS": ("ForImageClassification",),
+    "FEATURE_EXTRACTION": (),
+}
+# What a task type alone does not say: the Whisper model that is exported is its encoder, whatever it was trained in.
+ENCODERS = ("whisper",)
+# Task types whose head the adapter brings, in a size of its own.
+WITH_HEADS = (*CLASSIFIERS, "QUESTION_ANS")
+# The last linear layer of transformers' classification heads; its rows are the classes.
+HEAD_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "qa_outputs.weight")
+
+
+def head_of(adapter: Adapter, folder: Path, task_type: str | None = None) -> Head:
+    """The head that ``adapter`` was trained with, over the base whose config.json lies in ``folder``.
+
+    ``task_type`` is the user's word; without it the adapter's own counts, and without that the base's architecture.
+    Raises ExportError for a task type that is not one of ``TASK_TYPES``, or a base without the configuration it needs.
+    """
+    config = read_config(folder)
+    kind = task_type or adapter.task_type or _of_architecture(config)
+    if kind not in TASK_TYPES:
+        raise ExportError(f"{adapter.path}: task_type {kind!r} can't be exported; expected one of {', '.join(TASK_TYPES)}")
+    if kind in WITH_HEADS:
+        return Head(kind, _rows_of_head(adapter) or _classes(config))
+    size = _first(config, ("vocab_size",) if kind.endswith("_LM") else ("projection_dim", "hidden_size", "d_model", "dim", "n_embd"))
+    if size is None:
+        raise ExportError(f"{folder / 'config.json'}: says neither vocabulary nor width, so the outputs of a {kind} model are unknown; fetch the base again")
+    return Head(kind, size, tied=not (kind.endswith("_LM") and _unties(adapter, config)))
+
+
+def is_of_head(parameter: str) -> bool:
+    """Whether the parameter is of the head's last layer, which every task may have in a size of its own."""
+    return f".{parameter.rpartition('.')[0]}.weight".endswith(tuple(f".{weight}" for weight in HEAD_WEIGHTS))
+
+
+def _of_architecture(config: Mapping[str, Any]) -> str:
+    names = " ".join(map(str, config.get("architectures") or ()))
+    if config.get("model_type") in ENCODERS:
+        return "FEATURE_EXTRACTION"
+    return next((kind for kind, suffixes in TASK_TYPES.items() if any(suffix in names for suffix in suffixes)), "FEATURE_EXTRACTION")
+
+
+def _rows_of_head(adapter: Adapter) -> int | None:
+    """How many classes the head that the adapter brings tells apart; None where it brings none and the base's own counts."""
+    for suffix in HEAD_WEIGHTS:
+        for name, value in adapter.replaced.items():
+            if name.endswith(suffix) and value.ndim == 2:
+                return int(value.shape[0])
+    return None
+
+
+def _classes(config: Mapping[str, Any]) -> int:
+    """transformers' rule: the labels that the configuration names, or two."""
+    return len(config.get("id2label") or ()) or int(config.get("num_labels", 2))
+
+
+def _unties(adapter: Adapter, config: Mapping[str, Any]) -> bool:
+    """Whether an output embedding that is the input's own tensor in the base is another one in the adapted model.
+
+    Trained tokens stay tied, as they were trained; anything else changes one of the two.
+    """
+    changed = [change for change in adapter.changes if not isinstance(change, Rows | Blend)]
+    names = [change.parameter if isinstance(change, Replacement) else f"{change.module}.weight" for change in changed]
+    return bool(config.get("tie_word_embeddings", True)) and any(name.endswith((OUTPUT_EMBEDDING, *INPUT_EMBEDDINGS)) for name in names)
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((int(config[name]) for name in names if isinstance(config.get(name), int)), None)

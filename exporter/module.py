@@ -1,0 +1,71 @@
+"""Any torch module, through Python: traced under its own parameters' names, merged with an adapter, written into a bundle."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from exporter.bundle.manifest import MODULE, Head, Precision, Store, check_task_name
+from exporter.bundle.staging import current_bundle
+from exporter.dense import Progress, held_weights
+from exporter.precision import torch_dtype
+from exporter.signature import Called, Signature
+from exporter.source import Source
+from exporter.task import Exported, Plan, check_same_base, export_traced, precision_of
+from lora.adapter import Adapter
+from lora.formats.peft import read_peft
+
+
+def export(
+    module: nn.Module,
+    example_inputs: Mapping[str, Tensor],
+    out: str | Path,
+    *,
+    task: str,
+    adapter: str | Path | None = None,
+    axes: Mapping[str, Mapping[int, str]] | None = None,
+    outputs: tuple[str, ...] = ("output",),
+    precision: Precision | None = None,
+    store: Store = "dense",
+    progress: Progress = lambda step: None,
+) -> Exported:
+    """Export ``module(**example_inputs)``, with ``adapter`` merged in, as a task of the bundle ``out``.
+
+    ``axes`` names the dynamic axes of each input; without it, axis 0 of every input is "batch". Example sizes of a
+    dynamic axis should be above 1 and differ from those of other axes. ``outputs`` names the tensors that the module
+    returns, one or a tuple. ``precision`` None is the bundle's, or float32 in a new one; floating-point inputs and
+    outputs stay float32 in any. The module is not changed.
+    Raises a LorafuseError as ``export_task`` does, ExportError when torch can't trace the module.
+
+    >>> export(net, {"x": torch.ones(2, 8)}, "bundle", task="digits", adapter="adapters/digits")  # doctest: +SKIP
+    """
+    check_task_name(task)
+    read = read_peft(Path(adapter)) if adapter is not None else Adapter(Path(task), "none", (), "", ())
+    dynamic = {name: dict(axes.get(name, {})) if axes is not None else {0: "batch"} for name in example_inputs}
+
+    def traced(head: Head, asked: Precision) -> Signature:
+        model = copy.deepcopy(module).to(torch_dtype(asked))
+        return Signature(Called(model, torch_dtype(asked)), dict(example_inputs), dynamic, outputs)
+
+    state = {name: tensor.detach().float().numpy() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    source = Source(type(module).__name__, _fingerprint(module), traced, lambda head, replaced: state, files=(), longest=0, vocabulary=0)
+    existing = current_bundle(Path(out))
+    check_same_base(existing, source.sha256)
+    held = held_weights(existing) if existing else ()
+    plan = Plan(task, read, Head(MODULE, len(outputs)), labels=(), store=store)
+    # Traced each time: weights have a fingerprint, a module's code has none.
+    return export_traced(source, plan, precision_of(existing, precision), existing, held, Path(out), progress)
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the state."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

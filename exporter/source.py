@@ -1,0 +1,55 @@
+"""Where a dense model comes from: what exporting needs to know of a base, whether transformers or the caller made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.base import base_weights, check_config, input_limits, skeleton
+from exporter.bundle.manifest import Head, Precision
+from lora.tensorfile import Array
+
+if TYPE_CHECKING:  # a task with a known head is exported without torch
+    from exporter.signature import Signature
+
+SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base, by what messages call it and the fingerprint of its weights.
+
+    ``signature`` makes a module to trace; ``weights`` gives the real values by parameter name, without those that an
+    adapter replaces (``replaced``). ``files`` are copied into the bundle; ``longest`` and ``vocabulary`` are the base's limits in tokens.
+    """
+
+    name: str
+    sha256: str
+    signature: Callable[[Head, Precision], Signature]
+    weights: Callable[[Head, Iterable[str]], Mapping[str, Array]]
+    files: tuple[Path, ...]
+    longest: int
+    vocabulary: int
+
+
+def checkpoint(folder: Path, sha256: str) -> Source:
+    """The base in ``folder``, a checkpoint that transformers knows. Raises ExportError where it does not."""
+
+    def traced(head: Head, precision: Precision) -> Signature:
+        from exporter.signature import signature
+
+        return signature(skeleton(folder, head, precision), head)
+
+    check_config(folder)
+    longest, vocabulary = input_limits(folder)
+    return Source(
+        name=str(folder),
+        sha256=sha256,
+        signature=traced,
+        weights=lambda head, replaced: base_weights(folder, head, replaced),
+        files=tuple(folder / name for name in SIDE_FILES if (folder / name).is_file()),
+        longest=longest,
+        vocabulary=vocabulary,
+    )
