@@ -7,6 +7,7 @@ names, shapes and axis orders are kept of it.
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,15 +16,13 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 
 from exporter.fold_transposes import Permutation, fold_weight_transposes
+from exporter.optimize import FOLD_LIMIT, optimize
 from exporter.precision import keep_in_float32
 from exporter.signature import Signature
 
-# Larger constants are weights; folding them would lose their names.
-FOLD_LIMIT = 1024
 MODEL = "model."  # where a signature's module keeps the model
 
 
@@ -44,7 +43,8 @@ def trace(signature: Signature) -> Trace:
     Values are no part of the graph, and the module's floating-point parameters and persistent buffers are overwritten: pass one made for this purpose.
     """
     names = _fill_with_dummies(signature.module)
-    with _quiet():
+    signature.module.requires_grad_(False)  # a sixth of the tracing time is spent on gradients that nobody asks for
+    with _quiet(), _uncollected():
         program = torch.onnx.export(
             signature.module.eval(),
             kwargs={"inputs": signature.inputs},
@@ -57,12 +57,7 @@ def trace(signature: Signature) -> Trace:
         )
         assert program is not None
         graph = program.model
-        onnxscript.optimizer.optimize_ir(
-            graph,
-            input_size_limit=FOLD_LIMIT,
-            output_size_limit=FOLD_LIMIT,
-            should_fold=lambda node: False if _reads_a_weight(node, names) else None,
-        )
+        optimize(graph, names.__contains__)
     weights = _with_names_of_the_model(graph, names)
     permutations = fold_weight_transposes(graph)
     stored = {name: permutations.get(name) for name in weights}
@@ -87,11 +82,6 @@ def _fill_with_dummies(module: torch.nn.Module) -> dict[str, str]:
                 head.copy_(torch.rand(head.shape, generator=generator) * 0.02 + 0.01)
                 names[name] = first.setdefault(id(tensor), name.removeprefix(MODEL))
     return names
-
-
-def _reads_a_weight(node: ir.Node, weights: Mapping[str, str]) -> bool:
-    """Folding such a node would turn a weight, however small, into a constant without a name."""
-    return any(value is not None and value.is_initializer() and value.name in weights for value in node.inputs)
 
 
 def _with_names_of_the_model(graph: ir.Model, names: Mapping[str, str]) -> list[str]:
@@ -126,6 +116,18 @@ def _forget_origins(model: ir.Model) -> None:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Tracing makes millions of objects that stay; looking for garbage among them takes a tenth of its time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager

@@ -149,8 +149,9 @@ class TensorWriter:
         self._header[name] = _entry(values.dtype, values.shape, start, start + values.nbytes)
         if values.size:
             self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-            # Starts writing to the disk now, while the next tensor is made: the flush at the end has less to wait for.
-            os.posix_fadvise(self._file.fileno(), 0, self._file.tell(), os.POSIX_FADV_DONTNEED)
+            # Starts writing to the disk now, while the next tensor is made: the flush at the end has less to wait for. What
+            # is being written stays cached, to be hashed soon; only a second such call would drop it.
+            os.posix_fadvise(self._file.fileno(), 8 + self._room + start, values.nbytes, os.POSIX_FADV_DONTNEED)
 
     def __enter__(self) -> Self:
         return self
