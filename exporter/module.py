@@ -53,9 +53,10 @@ def export(
         return Signature(Called(model, torch_dtype(asked)), dict(example_inputs), dynamic, outputs)
 
     state = {name: tensor.detach().float().numpy() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
-    source = Source(type(module).__name__, _fingerprint(module), traced, lambda head, replaced: state, files=(), longest=0, vocabulary=0)
+    sha256 = _fingerprint(module)
+    source = Source(type(module).__name__, lambda: sha256, traced, lambda head, replaced: state, files=(), longest=0, vocabulary=0)
     existing = current_bundle(Path(out))
-    check_same_base(existing, source.sha256)
+    check_same_base(existing, sha256)
     held = held_weights(existing) if existing else ()
     plan = Plan(task, read, Head(MODULE, len(outputs)), labels=(), store=store)
     # Traced each time: weights have a fingerprint, a module's code has none.

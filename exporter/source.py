@@ -19,14 +19,14 @@ SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json
 
 @dataclass(frozen=True)
 class Source:
-    """A base, by what messages call it and the fingerprint of its weights.
+    """A base, by what messages call it and the fingerprint of its weights, which may be asked for late: it takes seconds to make.
 
     ``signature`` makes a module to trace; ``weights`` gives the real values by parameter name, without those that an
     adapter replaces (``replaced``). ``files`` are copied into the bundle; ``longest`` and ``vocabulary`` are the base's limits in tokens.
     """
 
     name: str
-    sha256: str
+    fingerprint: Callable[[], str]
     signature: Callable[[Head, Precision], Signature]
     weights: Callable[[Head, Iterable[str]], Mapping[str, Array]]
     files: tuple[Path, ...]
@@ -34,7 +34,7 @@ class Source:
     vocabulary: int
 
 
-def checkpoint(folder: Path, sha256: str) -> Source:
+def checkpoint(folder: Path, fingerprint: Callable[[], str]) -> Source:
     """The base in ``folder``, a checkpoint that transformers knows. Raises ExportError where it does not."""
 
     def traced(head: Head, precision: Precision) -> Signature:
@@ -46,7 +46,7 @@ def checkpoint(folder: Path, sha256: str) -> Source:
     longest, vocabulary = input_limits(folder)
     return Source(
         name=str(folder),
-        sha256=sha256,
+        fingerprint=fingerprint,
         signature=traced,
         weights=lambda head, replaced: base_weights(folder, head, replaced),
         files=tuple(folder / name for name in SIDE_FILES if (folder / name).is_file()),

@@ -25,7 +25,7 @@ from exporter.heads import head_of
 from exporter.layout import ModelWeights, key, to_graph
 from exporter.source import Source, checkpoint
 from lora.adapter import Adapter
-from lora.bases.checkpoint import fingerprint
+from lora.bases.checkpoint import fingerprint, weight_files
 from lora.errors import BundleError, ExportError
 from lora.fit import changes_by_parameter
 from lora.formats.peft import read_peft
@@ -88,19 +88,19 @@ def export_task(request: Request, out: Path, progress: Progress = lambda step: N
     head = head_of(adapter, request.base, request.task_type)
     existing = current_bundle(out)
     precision = precision_of(existing, request.precision)
-    with ThreadPoolExecutor(2) as pool:  # both read gigabytes to hash them
+    plan = Plan(request.task, adapter, head, _labels(request, head), request.store)
+    weight_files(request.base)  # refuses a folder without weights before anything is traced
+    with ThreadPoolExecutor(1) as pool:  # hashing gigabytes goes on beside whatever follows
         hashing = pool.submit(fingerprint, request.base)
         held = held_weights(existing) if existing else ()
-        sha256 = hashing.result()
-    check_base(adapter, sha256)
-    check_same_base(existing, sha256)
-    plan = Plan(request.task, adapter, head, _labels(request, head), request.store)
-    if existing is not None and len(held) == len(existing.manifest.base.weights):
-        dense = known_dense(existing, head, held)
-        if dense is not None:
-            with staging(out) as stage:
-                return write_task(out, stage, plan, dense, existing.manifest.base, progress)
-    return export_traced(checkpoint(request.base, sha256), plan, precision, existing, held, out, progress)
+        if existing is not None or adapter.base_sha256 is not None:
+            check_base(adapter, hashing.result())
+            check_same_base(existing, hashing.result())
+        dense = known_dense(existing, head, held) if existing and len(held) == len(existing.manifest.base.weights) else None
+        if existing is None or dense is None:
+            return export_traced(checkpoint(request.base, hashing.result), plan, precision, existing, held, out, progress)
+    with staging(out) as stage:
+        return write_task(out, stage, plan, dense, existing.manifest.base, progress)
 
 
 def export_traced(
@@ -262,7 +262,7 @@ def _staged_base(stage: Path, source: Source, precision: Precision, existing: Bu
     for file in source.files:
         shutil.copyfile(file, stage / "base" / file.name)
     files = tuple(describe(stage, f"base/{file.name}") for file in source.files)
-    return Base(source.sha256, precision, longest=source.longest, vocabulary=source.vocabulary, weights=dense.added, files=files)
+    return Base(source.fingerprint(), precision, longest=source.longest, vocabulary=source.vocabulary, weights=dense.added, files=files)
 
 
 def _with_task(current: Manifest | None, base: Base, name: str, task: Task, graph: Graph) -> Manifest:
