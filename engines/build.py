@@ -14,7 +14,7 @@ from exporter.bundle.manifest import Bundle, Engine, Manifest, open_bundle
 from exporter.bundle.staging import commit, named_by_content, staging
 
 # What an engine with a fixed range of sizes is built for, where the caller does not say.
-DEFAULT_AXES: Mapping[str, AxisRange] = {"batch": AxisRange(1, 1, 8), "sequence": AxisRange(1, 128, 512)}
+DEFAULT_AXES: Mapping[str, AxisRange] = {"batch": AxisRange(1, 1, 8), "sequence": AxisRange(1, 128, 512), "decoder_sequence": AxisRange(1, 1, 128)}
 
 
 @dataclass(frozen=True)
@@ -52,5 +52,8 @@ def _with_engine(manifest: Manifest, task: str, engine: Engine) -> Manifest:
 
 def _axes(bundle: Bundle) -> Mapping[str, AxisRange]:
     """The default ranges, held within the positions that the base has been trained for."""
-    longest = bundle.manifest.base.longest
-    return {**DEFAULT_AXES, "sequence": AxisRange(1, min(128, longest), min(512, longest))}
+    longest = bundle.manifest.base.longest or DEFAULT_AXES["sequence"].largest
+    tokens = AxisRange(1, min(128, longest), min(512, longest))
+    # A decoder's cache: empty while the prompt is read, as long as the rest of the positions afterwards.
+    cache = {"past_sequence": replace(tokens, smallest=0), "total_sequence": replace(tokens, largest=2 * tokens.largest)}
+    return {**DEFAULT_AXES, "sequence": tokens, **cache}

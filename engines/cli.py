@@ -83,16 +83,11 @@ def verify(
     Example: lorafuse verify bundle --task movies --texts reviews.txt
     """
     from engines.stages import runners
-    from engines.text import TextEncoder
     from exporter.bundle.manifest import open_bundle
     from exporter.verify import verify as verify_task
 
     opened = open_bundle(bundle)
-    lines = [line for line in _read_texts(texts) if line.strip()]
-    if not lines:
-        raise LorafuseError(f"{texts}: holds no text; expected a text a line")
-    graph, encoder = opened.graph(opened.task(task)), TextEncoder(opened)
-    batches = [encoder.encode(lines[start : start + 8], graph) for start in range(0, len(lines), 8)]
+    batches = _verification_inputs(opened, task, texts)
     with progress(f"verify {task}"):
         result = verify_task(opened, task, batches, runners(opened, task))
     if as_json:
@@ -133,14 +128,15 @@ def bench(
 
     Example: lorafuse bench bundle --task movies --seconds 120
     """
-    from engines.latency import Protocol, measure, random_inputs
+    from engines.inputs import random_inputs, sizes, takes_tokens
+    from engines.latency import Protocol, measure
     from exporter.bundle.manifest import open_bundle
 
     opened = open_bundle(bundle)
     graph, base = opened.graph(opened.task(task)), opened.manifest.base
-    if length > base.longest:
+    if takes_tokens(graph) and length > base.longest:
         raise LorafuseError(f"{bundle}: length {length} is more than the {base.longest} tokens that the base takes")
-    inputs = random_inputs(graph, base.vocabulary, {"batch": batch, "sequence": length}, seed=0)
+    inputs = random_inputs(graph, base.vocabulary, sizes(batch, length), seed=0)
     arms, left_out = _arms(opened, task, threads)
     with progress(f"bench {task}") as step:
         report = measure(arms, inputs, Protocol(budget=seconds, margin=margin), step)
@@ -172,29 +168,53 @@ def run(
     bundle: BundlePath,
     task: TaskName,
     text: Annotated[list[str], typer.Option(help="Text to run; repeatable.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a language model adds to a text.")] = 64,
     backend: Backend = BackendChoice.onnxruntime,
     as_json: AsJson = False,
 ) -> None:
-    """Run a task's engine on text.
+    """Run a task's engine on text: a classifier's label, a regression's value, a language model's completion.
 
     Example: lorafuse run bundle --task movies --text "A moving, funny film."
     """
-    from engines.runtime import load
-    from engines.text import TextEncoder, predictions
     from exporter.bundle.manifest import open_bundle
 
     _check_utf8(text)
     opened = open_bundle(bundle)
-    record = opened.task(task)
-    inputs = TextEncoder(opened).encode(text, opened.graph(record))
-    with load(bundle, task, backend.value) as session:
-        logits = session.run(inputs)[opened.graph(record).outputs[0].name]
-    results = predictions(logits, record.labels)
+    if opened.graph(opened.task(task)).head.task_type == "SEQ_CLS":
+        results = _classified(opened, task, text, backend)
+    else:
+        results = _completed(opened, task, text, tokens, backend)
     if as_json:
-        print_json([{"text": line, **asdict(result)} for line, result in zip(text, results, strict=True)])
+        print_json([{"text": line, **result} for line, result in zip(text, results, strict=True)])
         return
     for line, result in zip(text, results, strict=True):
-        print(f"{result.label + ' ' if result.label else ''}{result.score:.4f}  {line}")
+        if "completion" in result:
+            print(f"{line}{result['completion']}")
+        else:
+            print(f"{result['label'] + ' ' if result['label'] else ''}{result['score']:.4f}  {line}")
+
+
+def _classified(opened: Bundle, task: str, text: list[str], backend: BackendChoice) -> list[dict[str, Any]]:
+    from engines.runtime import load
+    from engines.text import TextEncoder, predictions
+
+    graph = opened.graph(opened.task(task))
+    inputs = TextEncoder(opened).encode(text, graph)
+    with load(opened.path, task, backend.value) as session:
+        return [asdict(result) for result in predictions(session.run(inputs)[graph.outputs[0].name], opened.task(task).labels)]
+
+
+def _completed(opened: Bundle, task: str, text: list[str], tokens: int, backend: BackendChoice) -> list[dict[str, Any]]:
+    from engines.generate import check_generates, greedy, stop_tokens
+    from engines.runtime import load
+    from engines.text import TextEncoder
+
+    graph = opened.graph(opened.task(task))
+    check_generates(opened, task, graph)
+    encoder, stop = TextEncoder(opened), stop_tokens(opened)
+    with load(opened.path, task, backend.value) as session:
+        generated = greedy(session, encoder.encode(text, graph), tokens, stop)
+    return [{"completion": encoder.decode(row), "tokens": row} for row in generated]
 
 
 def main() -> None:
@@ -236,6 +256,26 @@ def _arms(opened: Bundle, task: str, threads: int) -> tuple[list[Any], str]:
     except ExportError as error:
         left_out = str(error)
     return [arm(name, graph) for name, graph in graphs.items()], left_out
+
+
+def _verification_inputs(opened: Bundle, task: str, texts: Path | None) -> list[dict[str, Any]]:
+    """Batches of real text where the task takes text and the base came with its tokenizer, else random inputs."""
+    from engines.inputs import random_inputs, sizes, takes_tokens
+    from engines.text import PADDED_LEFT, TextEncoder
+
+    graph, base = opened.graph(opened.task(task)), opened.manifest.base
+    has_tokenizer = any(file.path == "base/tokenizer.json" for file in base.files)
+    if texts is None and not (takes_tokens(graph) and has_tokenizer):
+        return [random_inputs(graph, base.vocabulary, sizes(batch, length), seed=batch) for batch, length in ((1, 1), (3, 7), (2, 16))]
+    if not takes_tokens(graph):
+        raise LorafuseError(f"{texts}: task '{task}' takes no text; leave --texts out")
+    lines = [line for line in _read_texts(texts) if line.strip()]
+    if not lines:
+        raise LorafuseError(f"{texts}: holds no text; expected a text a line")
+    encoder = TextEncoder(opened)
+    # Padding on the left has rows that see nothing, which transformers' softmax in float32 can't compute in a float64 oracle.
+    batch = 1 if graph.head.task_type in PADDED_LEFT else 8
+    return [encoder.encode(lines[start : start + batch], graph) for start in range(0, len(lines), batch)]
 
 
 def _read_texts(path: Path | None) -> list[str]:

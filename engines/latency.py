@@ -20,7 +20,6 @@ import numpy as np
 
 from engines.backends import Progress, Session
 from engines.equivalence import Decision, Ratio, paired_ratio
-from exporter.bundle.manifest import Graph
 from lora.tensorfile import Array
 
 BASE, AGAIN, MERGED, UNMERGED = "base", "base again", "merged", "unmerged"
@@ -137,17 +136,6 @@ def judge(readings: Mapping[str, Reading], margin: float) -> tuple[Verdict, str]
         case "slower":
             return "slower", f"merged is more than {margin:.1%} slower than the unadapted base{power}"
     return "undecided", f"the interval of merged against base crosses the margin of {margin:.1%}; give it a larger budget"
-
-
-def random_inputs(graph: Graph, vocabulary: int, sizes: Mapping[str, int], seed: int) -> dict[str, Array]:
-    """Inputs of the given sizes: random token ids, a mask of ones, types of zero. Times do not depend on the ids."""
-    random = np.random.default_rng(seed)
-    inputs = {}
-    for port in graph.inputs:
-        shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in port.shape)
-        values = {"input_ids": random.integers(0, vocabulary, shape), "attention_mask": np.ones(shape)}.get(port.name, np.zeros(shape))
-        inputs[port.name] = values.astype(port.dtype)
-    return inputs
 
 
 def _environment(load_before: float) -> dict[str, str]:

@@ -1,19 +1,24 @@
-"""From text to a prediction: the base's own tokenizer before the engine, the task's labels after it."""
+"""From text to a graph's inputs and back: the base's own tokenizer before the engine, the task's labels after it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engines.inputs import empty_cache
 from exporter.bundle.manifest import Bundle, Graph
 from lora.errors import BundleError
 from lora.tensorfile import Array
 
 if TYPE_CHECKING:  # a program that brings its own token ids needs no tokenizer
     from tokenizers import Tokenizer
+
+# Task types whose rows must end with their last token: the next one is predicted from there.
+PADDED_LEFT = ("CAUSAL_LM",)
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,46 @@ class TextEncoder:
             raise BundleError(f"{bundle.path}: the base came without tokenizer.json; give token ids instead of text")
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(bundle.checked(files["base/tokenizer.json"])))
         self._tokenizer.enable_truncation(max_length=bundle.manifest.base.longest)
-        padding = self._tokenizer.padding or {}
-        self._tokenizer.enable_padding(pad_id=padding.get("pad_id", 0), pad_token=padding.get("pad_token", "[PAD]"))
+        self._padding = self._tokenizer.padding or {}
+        self._config = base_config(bundle, "config.json")
 
     def encode(self, texts: Sequence[str], graph: Graph) -> dict[str, Array]:
-        """The graph's inputs for a batch of texts: int64 arrays of shape (batch, longest text)."""
+        """The graph's inputs for a batch of texts: int64 arrays of shape (batch, longest text), and an empty cache for a decoder."""
+        self._pad(left=graph.head.task_type in PADDED_LEFT)
         encodings = self._tokenizer.encode_batch(list(texts))
+        mask = np.array([encoding.attention_mask for encoding in encodings])
         columns = {
             "input_ids": [encoding.ids for encoding in encodings],
-            "attention_mask": [encoding.attention_mask for encoding in encodings],
+            "attention_mask": mask,
             "token_type_ids": [encoding.type_ids for encoding in encodings],
+            "position_ids": positions(mask),
+            "decoder_input_ids": [[self._config.get("decoder_start_token_id") or 0]] * len(encodings),
         }
-        return {port.name: np.array(columns[port.name], dtype=port.dtype) for port in graph.inputs}
+        tokens = {port.name: np.array(columns[port.name], dtype=port.dtype) for port in graph.inputs if port.name in columns}
+        return tokens | empty_cache(graph, len(encodings))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens, without special ones."""
+        return str(self._tokenizer.decode(list(tokens)))
+
+    def _pad(self, left: bool) -> None:
+        """A tokenizer that was never told how to pad takes the model's word on the token."""
+        pad_id = self._padding.get("pad_id", self._config.get("pad_token_id") or 0)
+        pad_token = self._padding.get("pad_token", self._tokenizer.id_to_token(pad_id) or "[PAD]")
+        self._tokenizer.enable_padding(direction="left" if left else "right", pad_id=pad_id, pad_token=pad_token)
+
+
+def base_config(bundle: Bundle, name: str) -> dict[str, Any]:
+    """A JSON file that came with the base; empty where there was none."""
+    file = next((file for file in bundle.manifest.base.files if file.path == f"base/{name}"), None)
+    content = json.loads(bundle.checked(file).read_bytes()) if file else {}
+    return content if isinstance(content, dict) else {}
+
+
+def positions(mask: Array) -> Array:
+    """The position of each token among those of its row that count, shape of ``mask``; 0 for padding, whatever side it is on."""
+    counted: Array = np.maximum(mask.cumsum(axis=-1) - 1, 0)
+    return counted
 
 
 def predictions(logits: Array, labels: Sequence[str]) -> list[Prediction]:

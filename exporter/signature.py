@@ -5,6 +5,7 @@ Names follow transformers' arguments; the key-value cache of a decoder is flat t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self._cached = cached
+        # Renamed in transformers 5.24; the old name goes in 5.40.
+        self._argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Logits in float32 (batch, sequence, vocabulary), then keys and values of past and present in the model's dtype."""
@@ -107,7 +110,7 @@ class Decoder(nn.Module):
         tensors = [inputs[name] for name in self._cached]
         cache: Any = DynamicCache(ddp_cache_data=list(zip(tensors[::2], tensors[1::2], strict=True)))
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        given = self.model(**tokens, past_key_values=cache, use_cache=True)
+        given = self.model(**tokens, **{self._argument: cache}, use_cache=True)
         return widened(given.logits), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 

@@ -27,14 +27,16 @@ def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         numeric = index > 0 and all(row[index][:1] in "0123456789+-" for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     wide = None if sys.stdout.isatty() else 250  # a file or a pipe has no width to fold to
-    Console(markup=False, width=wide).print(table)
+    console = Console(markup=False, width=wide)
+    console.print(title, style="bold", highlight=False)  # not as the table's own, which would fold it to the table's width
+    console.print(table)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from engines.cli import _arms
 from engines.equivalence import Ratio
-from engines.latency import AGAIN, BASE, LEAST_SETS, MERGED, UNMERGED, WARMUP, Arm, Protocol, Reading, Report, judge, measure, random_inputs
+from engines.inputs import random_inputs
+from engines.latency import AGAIN, BASE, LEAST_SETS, MERGED, UNMERGED, WARMUP, Arm, Protocol, Reading, Report, judge, measure
 from exporter.bundle.manifest import Bundle, Graph
 from lora.tensorfile import Array
 
