@@ -44,7 +44,7 @@ def trace(signature: Signature) -> Trace:
     """
     names = _fill_with_dummies(signature.module)
     signature.module.requires_grad_(False)  # a sixth of the tracing time is spent on gradients that nobody asks for
-    with _quiet(), _uncollected():
+    with _quiet(), _uncollected(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):  # with symbolic sizes it costs more than it saves
         program = torch.onnx.export(
             signature.module.eval(),
             kwargs={"inputs": signature.inputs},
