@@ -122,8 +122,8 @@ def list_tasks(bundle: BundlePath, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"base": {"sha256": manifest.base.sha256, "size": base_size(manifest)}, "tasks": [asdict(task) for task in tasks]})
         return
-    rows = [(task.task, task.head, task.graph[:12], megabytes(task.size), ", ".join(task.engines) or "-") for task in tasks]
-    print_table(f"{bundle}: base {manifest.base.sha256[:12]}…, {megabytes(base_size(manifest))}", ("task", "head", "graph", "files", "engines"), rows)
+    rows = [(task.task, task.head, task.store, task.graph[:12], megabytes(task.size), ", ".join(task.engines) or "-") for task in tasks]
+    print_table(f"{bundle}: base {manifest.base.sha256[:12]}…, {megabytes(base_size(manifest))}", ("task", "head", "stored", "graph", "files", "engines"), rows)
 
 
 @bundle_app.command()

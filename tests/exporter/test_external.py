@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
+from exporter.bundle.manifest import Bundle
 from exporter.external import load_graph, pointed
 from lora.errors import BundleError, ExportError
 from lora.tensorfile import TensorFile
@@ -94,3 +97,11 @@ def test_a_file_that_is_no_onnx_model_is_refused(tmp_path: Path):
     (tmp_path / "task.onnx").write_bytes(b"\xff" * 50)
     with pytest.raises(BundleError, match=r"task\.onnx: not an ONNX model \("):
         load_graph(tmp_path / "task.onnx")
+
+
+def test_polygraphy_and_the_checker_read_a_tasks_model_as_plain_onnx(tiny_bundle: Bundle):
+    path = tiny_bundle.path / tiny_bundle.task("first").model.path
+    onnx.checker.check_model(path, full_check=True)
+    done = subprocess.run([Path(sys.executable).with_name("polygraphy"), "inspect", "model", path], capture_output=True, text=True, check=True)
+    assert all(f"{name} [dtype=int64, shape=('batch', 'sequence')]" in done.stdout for name in ("input_ids", "attention_mask", "token_type_ids"))
+    assert "bert.encoder.layer.0.attention.self.query.weight" not in done.stderr
