@@ -142,6 +142,27 @@ def remove(bundle: BundlePath, task: Annotated[str, typer.Option(help="The task 
 
 
 @bundle_app.command()
+def pack(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Argument(help="The tar file to write.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task to pack; repeatable. Default: all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a bundle, or some of its tasks, into one file for shipping; 'tar xf' makes a bundle of it again.
+
+    Example: lorafuse bundle pack bundle movies.tar --task movies
+    """
+    from exporter.bundle.pack import pack_bundle
+
+    with progress("pack") as step:
+        size = pack_bundle(bundle, out, task or (), step)
+    if as_json:
+        print_json({"packed": str(out), "bytes": size})
+    else:
+        print(f"{out}: {megabytes(size)}; 'tar xf' unpacks it to {out.stem}/")
+
+
+@bundle_app.command()
 def check(bundle: BundlePath, as_json: AsJson = False) -> None:
     """Compare every file of a bundle with its manifest, and name those that no manifest names.
 
