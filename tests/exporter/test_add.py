@@ -1,0 +1,213 @@
+"""Adding a task without the base's checkpoint, tasks that are stored as factors, and the base itself as a task."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnxruntime
+import pytest
+
+from engines import load
+from engines.backends import BuildOptions
+from engines.build import build
+from exporter.bundle.check import check_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.remove import remove_task
+from exporter.changes import merged_at_load
+from exporter.task import Request, add_task, export_task
+from exporter.verify import verify
+from lora.errors import AdapterError, BundleError, EngineError, ExportError
+from lora.tensorfile import Array, TensorFile
+
+
+def outputs(bundle: Path, task: str, inputs: dict[str, Array]) -> Array:
+    with load(bundle, task, threads=1) as session:
+        return session.run(inputs)["logits"]
+
+
+def test_it_gives_the_files_that_an_export_from_the_base_gives(tiny_copy: Path, tiny_base: Path, write_adapter, tmp_path: Path):
+    adapter, other = write_adapter(seed=1), Path(shutil.copytree(tiny_copy, tmp_path / "other"))
+    added = add_task(tiny_copy, adapter, "second", ("no", "yes"))
+    assert not added.traced
+    assert added.bundle.manifest == export_task(Request(tiny_base, adapter, "second", ("no", "yes")), other).bundle.manifest
+    assert check_bundle(tiny_copy) == []
+
+
+def test_it_needs_neither_torch_nor_the_base(tiny_copy: Path, write_adapter):
+    program = """
+import sys
+from pathlib import Path
+from exporter.task import add_task
+add_task(Path(sys.argv[1]), Path(sys.argv[2]), "second")
+print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program, tiny_copy, write_adapter(seed=1)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_labels_are_numbered_where_none_are_given(tiny_copy: Path, write_adapter):
+    assert add_task(tiny_copy, write_adapter(seed=1), "second").bundle.task("second").labels == ("LABEL_0", "LABEL_1")
+
+
+def test_an_adapter_with_a_head_that_no_task_has_is_sent_to_export(tiny_copy: Path, write_adapter, refuses):
+    adapter = write_adapter(outputs=5)
+    with refuses(BundleError, "no task has a SEQ_CLS head of 5 outputs yet", "lorafuse export"):
+        add_task(tiny_copy, adapter, "second")
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_copy: Path, write_adapter, refuses):
+    adapter = write_adapter(metadata={"base_sha256": "f" * 64})
+    with refuses(AdapterError, "trained on the base with SHA-256 ffffffffffff"):
+        add_task(tiny_copy, adapter, "second")
+
+
+def flip_the_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [(flip_the_last_byte, "SHA-256"), (lambda path: path.write_bytes(path.read_bytes()[:-8]), "bytes, but the manifest says"), (Path.unlink, "missing")],
+    ids=["a flipped byte", "truncated", "missing"],
+)
+def test_damaged_base_weights_are_found_before_anything_changes(tiny_copy: Path, write_adapter, refuses, change, word: str):
+    adapter = write_adapter(seed=1)
+    change(tiny_copy / open_bundle(tiny_copy).manifest.base.weights[0].path)
+    with refuses(BundleError, "base-", word):
+        add_task(tiny_copy, adapter, "second")
+
+
+def test_a_graph_that_is_damaged_is_not_taken_for_another_task(tiny_copy: Path, write_adapter, refuses):
+    adapter = write_adapter(seed=1)
+    flip_the_last_byte(tiny_copy / open_bundle(tiny_copy).task("first").model.path)
+    with refuses(BundleError, "no task has a SEQ_CLS head of 2 outputs yet"):
+        add_task(tiny_copy, adapter, "second")
+
+
+def test_killed_at_any_step_the_bundle_is_the_old_or_the_new_one(tiny_copy: Path, write_adapter, killed_at_every_step, check_files):
+    program = f"""
+from shutil import copytree
+from exporter.task import add_task
+def prepare(bundle):
+    copytree({str(tiny_copy)!r}, bundle)
+def change(bundle):
+    add_task(bundle, Path({str(write_adapter(seed=1))!r}), "second")
+stride, sees_writes = 3, False
+"""
+    tasks = []
+    for bundle in killed_at_every_step(program):
+        check_files(bundle)
+        tasks.append(sorted(open_bundle(bundle).manifest.tasks))
+    assert {tuple(found) for found in tasks} == {("first",), ("first", "second")}
+
+
+# --- Stored as factors ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored_both_ways(tiny_copy: Path, write_adapter) -> Path:
+    """One adapter twice: as ``dense`` and as ``factors``."""
+    adapter = write_adapter(seed=1)
+    add_task(tiny_copy, adapter, "dense")
+    add_task(tiny_copy, adapter, "factors", store="factors")
+    return tiny_copy
+
+
+def test_factors_hold_what_the_adapter_brings_whole_and_no_merged_tensor(stored_both_ways: Path):
+    record = open_bundle(stored_both_ways).task("factors")
+    assert set(TensorFile(stored_both_ways / record.weights.path)) == {"classifier.weight", "classifier.bias"}
+    assert check_bundle(stored_both_ways) == []
+
+
+def test_factors_are_merged_into_the_numbers_that_a_dense_task_has(stored_both_ways: Path, token_ids):
+    bundle = open_bundle(stored_both_ways)
+    dense = TensorFile(stored_both_ways / bundle.task("dense").weights.path)
+    merged = merged_at_load(bundle, "factors")
+    assert len(merged) == 4
+    assert all(np.array_equal(values, dense[f"{name}@1,0"].T) for name, values in merged.items())
+    assert merged_at_load(bundle, "dense") == {}
+    np.testing.assert_array_equal(outputs(stored_both_ways, "factors", token_ids()), outputs(stored_both_ways, "dense", token_ids()))
+    assert np.abs(outputs(stored_both_ways, "factors", token_ids()) - outputs(stored_both_ways, "first", token_ids())).max() > 0.01
+
+
+def test_a_task_stored_as_factors_is_verified_like_another(stored_both_ways: Path, token_ids):
+    bundle = open_bundle(stored_both_ways)
+    result = verify(bundle, "factors", [token_ids()], {"engine": lambda inputs: outputs(stored_both_ways, "factors", dict(inputs))})
+    assert result.passed
+    assert [stage.name for stage in result.stages if stage.passed] == ["stored weights", "merged torch", "engine"]
+
+
+def test_an_engine_that_leaves_the_factors_out_is_not_within_the_bound(stored_both_ways: Path, token_ids):
+    bundle = open_bundle(stored_both_ways)
+    plain = onnxruntime.InferenceSession(stored_both_ways / bundle.task("factors").model.path)
+    assert not verify(bundle, "factors", [token_ids()], {"engine": lambda inputs: plain.run(None, dict(inputs))[0]}).passed
+
+
+def test_a_tensorrt_engine_wants_dense_weights(stored_both_ways: Path):
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(EngineError, match=r"stored as factors, but an engine holds dense weights; export the task with --store dense"):
+        build(stored_both_ways, "factors", "tensorrt-rtx", BuildOptions("8.9"))
+
+
+# --- The base itself, and graphs that tasks share --------------------------------------------------------------------
+
+
+@pytest.fixture
+def headed(tiny_base: Path, tmp_path: Path) -> Path:
+    """The tiny base with a trained head of its own, and a bundle with it as the task ``unadapted``."""
+    import transformers
+
+    model = transformers.BertForSequenceClassification.from_pretrained(tiny_base, num_labels=2)
+    model.save_pretrained(tmp_path / "headed")
+    export_task(Request(tmp_path / "headed", None, "unadapted"), tmp_path / "headed-bundle")
+    return tmp_path / "headed-bundle"
+
+
+def test_the_base_as_a_task_is_the_base(headed: Path, token_ids):
+    import torch
+    import transformers
+
+    bundle = open_bundle(headed)
+    record = bundle.task("unadapted")
+    assert (record.adapter, record.weights) == ((), None)
+    with torch.no_grad():
+        model = transformers.BertForSequenceClassification.from_pretrained(headed.parent / "headed").eval()
+        want = model(**{name: torch.from_numpy(values) for name, values in token_ids().items()}).logits.numpy()
+    np.testing.assert_allclose(outputs(headed, "unadapted", token_ids()), want, atol=1e-5)
+    assert verify(bundle, "unadapted", [token_ids()], {}).passed
+
+
+def without_head(write_adapter, name: str, seed: int) -> Path:
+    tensors = {"base_model.model.classifier.weight": None, "base_model.model.classifier.bias": None}
+    return write_adapter(name, seed=seed, tensors=tensors, config={"modules_to_save": None})
+
+
+def test_factors_without_a_head_share_one_graph_that_stock_runtimes_open(headed: Path, write_adapter, token_ids):
+    for seed, name in enumerate(("a", "b")):
+        add_task(headed, without_head(write_adapter, name, seed), name, store="factors")
+    bundle = open_bundle(headed)
+    shared = bundle.task("a").model
+    assert shared == bundle.task("b").model == bundle.task("unadapted").model
+    assert shared.path.startswith("base-")
+    plain = onnxruntime.InferenceSession(headed / shared.path).run(None, token_ids())[0]
+    np.testing.assert_array_equal(plain, outputs(headed, "unadapted", token_ids()))
+    assert np.abs(outputs(headed, "a", token_ids()) - plain).max() > 1e-4
+    remove_task(headed, "a")
+    assert check_bundle(headed) == []
+    assert np.abs(outputs(headed, "b", token_ids()) - plain).max() > 1e-4
+
+
+def test_labels_for_a_model_without_classes_are_refused(tiny_base: Path, tmp_path: Path):
+    with pytest.raises(ExportError, match=r"a FEATURE_EXTRACTION model has no classes, but labels were given; leave them out"):
+        export_task(Request(tiny_base, None, "embeddings", ("a", "b")), tmp_path / "bundle")
+
+
+def test_a_manifest_says_how_a_task_is_stored(tiny_bundle: Bundle):
+    assert msgspec.to_builtins(tiny_bundle.task("first"))["store"] == "dense"
