@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines.backends import BackendName, Model, Session, backend
+from exporter.bundle.changes import in_graph_order, merged_at_load
 from exporter.bundle.manifest import Bundle, open_bundle
-from exporter.changes import in_graph_order, merged_at_load
 from lora.errors import EngineError
 
 

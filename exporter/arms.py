@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from exporter.bundle.changes import bundled_changes
 from exporter.bundle.manifest import Bundle
-from exporter.changes import bundled_changes
 from exporter.external import load_graph, pointed
 from lora.adapter import Change, LowRank, Replacement
 from lora.errors import ExportError

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from exporter.bundle.layout import key, to_graph
 from exporter.bundle.manifest import Bundle, File, Graph, Head, Port, Precision
 from exporter.bundle.staging import named_by_content
 from exporter.external import load_graph
-from exporter.layout import key, to_graph
 from exporter.source import Source
 from lora.adapter import Adapter
 from lora.errors import BundleError, ExportError

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from exporter.layout import WeightMap, key
+from exporter.bundle.layout import WeightMap, key
 from lora.errors import BundleError, ExportError
 from lora.tensorfile import TensorFile
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from exporter.base import skeleton
+from exporter.bundle.changes import base_stored, bundled_changes, merged_at_load
+from exporter.bundle.layout import ModelWeights
 from exporter.bundle.manifest import MODULE, Bundle
-from exporter.changes import base_stored, bundled_changes, merged_at_load
-from exporter.layout import ModelWeights
 from lora.errors import ExportError
 from lora.merge import apply
 from lora.tensorfile import Array, TensorFile

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import msgspec
 
+from exporter.bundle.changes import brought_whole
+from exporter.bundle.layout import ModelWeights, key, to_graph
 from exporter.bundle.manifest import MODULE, SCHEMA, Base, Bundle, File, Graph, Head, Manifest, Precision, Store, Task, check_task_name, open_bundle
 from exporter.bundle.staging import commit, current_bundle, describe, named_by_content, staging
-from exporter.changes import brought_whole
 from exporter.dense import Dense, Progress, held_weights, known_dense, traced_dense
 from exporter.digest import graph_digest
 from exporter.external import pointed
 from exporter.heads import head_of
-from exporter.layout import ModelWeights, key, to_graph
 from exporter.source import Source, checkpoint
 from lora.adapter import Adapter
 from lora.bases.checkpoint import fingerprint, weight_files

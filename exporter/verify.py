@@ -14,8 +14,8 @@ import numpy as np
 from ml_dtypes import finfo  # numpy's own knows no bfloat16
 
 from exporter.arms import merged_graph
+from exporter.bundle.changes import bundled_changes
 from exporter.bundle.manifest import Bundle, Precision
-from exporter.changes import bundled_changes
 from exporter.digest import graph_digest
 from exporter.reference import Inputs, Runner, base_values, exact_values, merged_values, torch_runner
 from lora.adapter import Change

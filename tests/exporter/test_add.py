@@ -15,10 +15,10 @@ import pytest
 from engines import load
 from engines.backends import BuildOptions
 from engines.build import build
+from exporter.bundle.changes import merged_at_load
 from exporter.bundle.check import check_bundle
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.remove import remove_task
-from exporter.changes import merged_at_load
 from exporter.task import Request, add_task, export_task
 from exporter.verify import verify
 from lora.errors import AdapterError, BundleError, EngineError, ExportError

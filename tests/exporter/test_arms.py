@@ -18,8 +18,8 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 
 from exporter.arms import _add_branch, merged_graph, unadapted_graph, unmerged_graph
+from exporter.bundle.changes import bundled_changes
 from exporter.bundle.manifest import Bundle, open_bundle
-from exporter.changes import bundled_changes
 from exporter.digest import graph_digest
 from lora.adapter import LowRank
 from lora.errors import ExportError

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from exporter.bundle.layout import to_graph
 from exporter.fold_transposes import fold_weight_transposes, is_weight_transpose
-from exporter.layout import to_graph
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
-from exporter.layout import ModelWeights, key, to_graph, to_model
+from exporter.bundle.layout import ModelWeights, key, to_graph, to_model
 from lora.tensorfile import Array, TensorFile
 
 Order = tuple[int, ...] | None

@@ -19,9 +19,9 @@ from demo_tasks import MOVIES, SUPERSENSE
 from onnx import TensorProto
 from safetensors.numpy import load_file, save_file
 
+from exporter.bundle.layout import key, to_graph
 from exporter.bundle.manifest import Bundle, Engine, encode, open_bundle, task_files
 from exporter.bundle.staging import describe
-from exporter.layout import key, to_graph
 from exporter.reference import merged_values, torch_runner
 from exporter.task import Request, export_task
 from lora.errors import AdapterError, BundleError, CheckpointError, ExportError, LorafuseError

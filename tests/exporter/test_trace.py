@@ -14,9 +14,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from exporter.base import skeleton
+from exporter.bundle.layout import to_graph
 from exporter.bundle.manifest import Bundle, Head
 from exporter.digest import graph_digest
-from exporter.layout import to_graph
 from exporter.signature import Called, Signature, signature
 from exporter.trace import Trace, trace
 

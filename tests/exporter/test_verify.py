@@ -13,9 +13,9 @@ import onnxruntime
 import pytest
 
 from exporter.arms import unmerged_graph
+from exporter.bundle.layout import key, to_graph
 from exporter.bundle.manifest import Bundle, encode, open_bundle
 from exporter.bundle.staging import describe
-from exporter.layout import key, to_graph
 from exporter.reference import base_values
 from exporter.task import Request, export_task
 from exporter.verify import LEAST_MOVE, OUTPUT_BOUND, Stage, Verification, verify

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from exporter.bundle.layout import ModelWeights, to_graph
 from exporter.bundle.manifest import Bundle
-from exporter.layout import ModelWeights, to_graph
 from lora.adapter import Change, Replacement
 from lora.fit import changes_by_parameter
 from lora.formats.peft import read_peft
