@@ -43,6 +43,10 @@ def skeleton(folder: Path, head: Head, precision: Precision = "float32") -> Any:
         with no_init_weights():
             model = _model_class(head, config).from_config(config, dtype=torch_dtype(precision), attn_implementation=ATTENTION)
         model.tie_weights()
+        if not head.tied:
+            _untie(model)
+        if precision == "float16":
+            _keep_wide(model)
         return model.eval()
 
 
@@ -57,9 +61,8 @@ def base_weights(folder: Path, head: Head, replaced: Iterable[str]) -> Mapping[s
     replaced = set(replaced)
     with _refusing(f"{folder}: transformers {transformers.__version__} can't load this base"):
         config = transformers.AutoConfig.from_pretrained(folder)
-        changes = {name: value for name, value in _config_changes(head).items() if name != "tie_word_embeddings"}  # the checkpoint's own word on that
         model, loading = _model_class(head, config).from_pretrained(
-            folder, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **changes
+            folder, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **_config_changes(head)
         )
     absent = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
     untrained = sorted(absent - replaced)
@@ -98,8 +101,25 @@ def _refusing(what: str) -> Iterator[None]:
 
 
 def _config_changes(head: Head) -> dict[str, Any]:
-    changes: dict[str, Any] = {"num_labels": head.outputs} if head.task_type in WITH_HEADS else {}
-    return changes if head.tied else changes | {"tie_word_embeddings": False}
+    return {"num_labels": head.outputs} if head.task_type in WITH_HEADS else {}
+
+
+def _untie(model: Any) -> None:
+    """Give the output embedding a parameter of its own. The configuration stays: T5 scales by what it says."""
+    import torch
+
+    output = model.get_output_embeddings()
+    output.weight = torch.nn.Parameter(torch.empty_like(output.weight))
+
+
+def _keep_wide(model: Any) -> None:
+    """The layers that transformers keeps in float32 when it loads a model in float16, because they overflow (T5's wo)."""
+    import torch
+
+    wide = set(model._keep_in_fp32_modules or ())
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in wide:
+            module.to(torch.float32)
 
 
 def _model_class(head: Head, config: Any) -> Any:

@@ -41,7 +41,9 @@ def pointed(graph: onnx.ModelProto, weights: WeightMap, files: Iterable[TensorFi
 def _point(tensor: onnx.TensorProto, stored: str, files: list[TensorFile]) -> None:
     homes = [file for file in files if stored in file and file.spans[stored].shape == tuple(tensor.dims)]
     if not homes:
-        raise ExportError(f"weight '{tensor.name}' of shape {tuple(tensor.dims)} is neither in the base nor in the adapter; the graph can't run without it")
+        raise ExportError(
+            f"weight '{tensor.name}' of shape {tuple(tensor.dims)} is neither in the base nor in the adapter; export the task from a checkpoint that has it"
+        )
     span = homes[-1].spans[stored]
     del tensor.external_data[:]
     for name, value in (("location", homes[-1].path.name), ("offset", span.offset), ("length", span.length)):

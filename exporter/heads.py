@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ WITH_HEADS = (*CLASSIFIERS, "QUESTION_ANS")
 HEAD_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "qa_outputs.weight")
 
 
-def head_of(adapter: Adapter, folder: Path, task_type: str | None = None) -> Head:
+def head_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart: bool = False) -> Head:
     """The head that ``adapter`` was trained with, over the base whose config.json lies in ``folder``.
 
     ``task_type`` is the user's word; without it the adapter's own counts, and without that the base's architecture.
+    ``apart`` says that the base itself has an output embedding that is not the input's.
     Raises ExportError for a task type that is not one of ``TASK_TYPES``, or a base without the configuration it needs.
     """
     config = read_config(folder)
@@ -44,7 +45,13 @@ def head_of(adapter: Adapter, folder: Path, task_type: str | None = None) -> Hea
     size = _first(config, ("vocab_size",) if kind.endswith("_LM") else ("projection_dim", "hidden_size", "d_model", "dim", "n_embd"))
     if size is None:
         raise ExportError(f"{folder / 'config.json'}: says neither vocabulary nor width, so the outputs of a {kind} model are unknown; fetch the base again")
-    return Head(kind, size, tied=not (kind.endswith("_LM") and _unties(adapter, config)))
+    return Head(kind, size, tied=not (kind.endswith("_LM") and (apart or _unties(adapter, config))))
+
+
+def embeddings_apart(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with tensors of these names has an output embedding of its own, whatever its configuration says (T5 1.1's ties)."""
+    stored = tuple(names)
+    return any(name.endswith(OUTPUT_EMBEDDING) for name in stored) and any(name.endswith(INPUT_EMBEDDINGS) for name in stored)
 
 
 def is_of_head(parameter: str) -> bool:

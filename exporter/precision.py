@@ -29,11 +29,18 @@ def torch_dtype(precision: Precision) -> torch.dtype:
 
 
 def keep_in_float32(model: ir.Model) -> None:
-    """Compute softmax and reductions in float32, between two casts, where the graph has them in half precision."""
+    """Compute softmax and reductions in float32, between two casts, where the graph has them in half precision.
+
+    The sum of scores and mask before a softmax is widened too: float16's mask of -65504 and a low score give minus
+    infinity, and a row of padding that is nothing else becomes NaN.
+    """
     for node in list(model.graph.all_nodes()):
         half = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
         if node.op_type in IN_FLOAT32 and half in HALVES:
             _compute_in_float32(node, half)
+    for node in list(model.graph.all_nodes()):
+        if node.op_type == "Softmax":
+            _widen_masked_scores(node)
 
 
 def stored_as(name: str, values: Array, dtype: np.dtype[np.generic], source: object) -> Array:
@@ -60,6 +67,25 @@ def _compute_in_float32(node: ir.Node, half: ir.DataType) -> None:
     result.replace_all_uses_with(narrowed.outputs[0], replace_graph_outputs=True)
     narrowed.replace_input_with(0, result)
     result.dtype = ir.DataType.FLOAT
+
+
+def _widen_masked_scores(softmax: ir.Node) -> None:
+    """Add(scores, mask) in half, cast to float32 for the softmax, becomes an Add of float32."""
+    cast = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
+    masked = cast.inputs[0].producer() if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None else None
+    if cast is None or masked is None or masked.op_type != "Add" or masked.outputs[0].dtype not in HALVES or len(masked.outputs[0].uses()) != 1:
+        return
+    graph = masked.graph
+    assert graph is not None
+    for index, value in enumerate(masked.inputs):
+        assert value is not None
+        widened = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+        _like(widened.outputs[0], value, ir.DataType.FLOAT)
+        graph.insert_before(masked, widened)
+        masked.replace_input_with(index, widened.outputs[0])
+    masked.outputs[0].dtype = ir.DataType.FLOAT
+    cast.outputs[0].replace_all_uses_with(masked.outputs[0])
+    graph.remove(cast, safe=True)
 
 
 def _like(value: ir.Value, other: ir.Value, dtype: ir.DataType) -> None:

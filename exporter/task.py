@@ -22,7 +22,7 @@ from exporter.bundle.staging import commit, current_bundle, describe, named_by_c
 from exporter.dense import Dense, Progress, held_weights, known_dense, traced_dense
 from exporter.digest import graph_digest
 from exporter.external import pointed
-from exporter.heads import head_of
+from exporter.heads import embeddings_apart, head_of
 from exporter.source import Source, checkpoint
 from lora.adapter import Adapter
 from lora.bases.checkpoint import fingerprint, weight_files
@@ -85,11 +85,10 @@ def export_task(request: Request, out: Path, progress: Progress = lambda step: N
     check_task_name(request.task)
     progress("reading the adapter")
     adapter = _read(request)
-    head = head_of(adapter, request.base, request.task_type)
+    head = head_of(adapter, request.base, request.task_type, embeddings_apart(name for path in weight_files(request.base) for name in TensorFile(path)))
     existing = current_bundle(out)
     precision = precision_of(existing, request.precision)
     plan = Plan(request.task, adapter, head, _labels(request, head), request.store)
-    weight_files(request.base)  # refuses a folder without weights before anything is traced
     with ThreadPoolExecutor(1) as pool:  # hashing gigabytes goes on beside whatever follows
         hashing = pool.submit(fingerprint, request.base)
         held = held_weights(existing) if existing else ()
@@ -97,10 +96,16 @@ def export_task(request: Request, out: Path, progress: Progress = lambda step: N
             check_base(adapter, hashing.result())
             check_same_base(existing, hashing.result())
         dense = known_dense(existing, head, held) if existing and len(held) == len(existing.manifest.base.weights) else None
-        if existing is None or dense is None:
+        if existing is None or dense is None or not _has_values(dense, adapter):
             return export_traced(checkpoint(request.base, hashing.result), plan, precision, existing, held, out, progress)
     with staging(out) as stage:
         return write_task(out, stage, plan, dense, existing.manifest.base, progress)
+
+
+def _has_values(dense: Dense, adapter: Adapter) -> bool:
+    """Whether every weight has a value. A head of the base's own is not in the bundle while all tasks have brought theirs."""
+    stored = ModelWeights(dense.weights, dense.graph.weights)
+    return dense.graph.weights.keys() <= stored.keys() | changes_by_parameter(stored, adapter).keys()
 
 
 def export_traced(
@@ -124,7 +129,7 @@ def add_task(bundle: Path, adapter: Path, task: str, labels: tuple[str, ...] = (
     request = Request(existing.path / "base", adapter, task, labels, store=store)
     read = _read(request)
     check_base(read, existing.manifest.base.sha256)
-    head = _module_head(existing) or head_of(read, request.base)
+    head = _module_head(existing) or head_of(read, request.base, apart=_apart(existing))
     files = existing.manifest.base.weights
     dense = known_dense(existing, head, tuple(TensorFile(existing.present(file)) for file in files))
     if dense is None:
@@ -187,6 +192,12 @@ def _module_head(bundle: Bundle) -> Head | None:
     """The one head of a bundle that was made of a Python module, whose adapters say nothing about it."""
     heads = {graph.head for graph in bundle.manifest.graphs.values()}
     return heads.pop() if len(heads) == 1 and all(head.task_type == MODULE for head in heads) else None
+
+
+def _apart(bundle: Bundle) -> bool:
+    """Whether the base's embeddings are apart: then no graph of a language model has them as one tensor."""
+    tied = [graph.head.tied for graph in bundle.manifest.graphs.values() if graph.head.task_type.endswith("_LM")]
+    return bool(tied) and not any(tied)
 
 
 def _labels(request: Request, head: Head) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.bundle.manifest import MANIFEST, Bundle, all_files, open_bundle
+from exporter.bundle.manifest import MANIFEST, Bundle, all_files, open_bundle, printable
 from lora.errors import BundleError
 
 
@@ -51,4 +51,5 @@ def _extra(bundle: Bundle) -> Iterator[Finding]:
         for name in sorted([*files, *links]):
             relative = Path(folder, name).relative_to(bundle.path).as_posix()
             if relative not in named:
-                yield Finding(relative, f"{bundle.path / relative}: named by no manifest; remove it if it is not yours")
+                shown = printable(relative)
+                yield Finding(shown, f"{bundle.path / shown}: named by no manifest; remove it if it is not yours")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -157,21 +158,34 @@ class Bundle:
     def present(self, file: File) -> Path:
         """The file's path, after its size was compared. Raises BundleError when it is missing or of another size."""
         path = self.path / file.path
-        if path.is_symlink() or not path.is_file():
-            raise BundleError(f"{path}: missing from the bundle; export the task again")
-        if path.stat().st_size != file.size:
-            raise BundleError(f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again")
+        with reading(path):
+            if path.is_symlink() or not path.is_file():
+                raise BundleError(f"{path}: missing from the bundle; export the task again")
+            if path.stat().st_size != file.size:
+                raise BundleError(f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again")
         return path
 
     def checked(self, file: File) -> Path:
         """The file's path, after its size and SHA-256 were compared. Raises BundleError when they differ."""
-        path = self.path / file.path
-        try:
-            if file_sha256(self.present(file)) != file.sha256:
-                raise BundleError(f"{path}: content does not match the manifest's SHA-256; export the task again")
-        except OSError as error:
-            raise BundleError(f"{path}: can't be read ({error.strerror}); export the task again") from error
+        path = self.present(file)
+        with reading(path):
+            check_sha256(path, file, file_sha256(path))
         return path
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises BundleError where the block can't read ``path``, a file of a bundle."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"{path}: can't be read ({error.strerror}); export the task again") from error
+
+
+def check_sha256(path: Path, file: File, found: str) -> None:
+    """Raises BundleError unless the SHA-256 that was found is the file's."""
+    if found != file.sha256:
+        raise BundleError(f"{path}: content does not match the manifest's SHA-256; export the task again")
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -201,6 +215,11 @@ def check_task_name(name: str) -> None:
         raise BundleError(f"task name {name!r} can't be used; expected lower-case letters, digits, '_', '.', '-', and none of {', '.join(sorted(RESERVED))}")
 
 
+def printable(text: str) -> str:
+    """``text`` that came with a bundle, for a terminal: control characters, and bytes of a file's name that are no text, are escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def encode(manifest: Manifest) -> bytes:
     """The manifest's bytes: the same manifest gives the same bytes."""
     return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1) + b"\n"
@@ -218,7 +237,7 @@ def _decode(path: Path) -> Manifest:
         _check_references(path, manifest)
         _check_folders(path.parent, manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{path}: not a bundle's manifest ({' '.join(str(error).split())}); export the tasks again") from error
+        raise BundleError(f"{path}: not a bundle's manifest ({printable(' '.join(str(error).split()))}); export the tasks again") from error
     return manifest
 
 

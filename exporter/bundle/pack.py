@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import BinaryIO
 
 import msgspec
 
-from exporter.bundle.manifest import MANIFEST, Bundle, File, Manifest, all_files, encode, open_bundle
+from exporter.bundle.manifest import MANIFEST, Bundle, File, Manifest, all_files, check_sha256, encode, open_bundle, reading
 from exporter.bundle.staging import staging
 from lora.durable import flush
 from lora.errors import BundleError
 
+SUFFIX = ".tar"
 MODE = 0o644
 
 
@@ -27,13 +29,11 @@ def pack_bundle(path: Path, out: Path, tasks: Collection[str] = (), progress: Ca
     """Write the tasks (none named: all) of the bundle in ``path``, with the base, to the tar file ``out``; its size in bytes.
 
     The members lie in a folder named like ``out`` without its suffix. Every file's SHA-256 is compared on the way.
-    Raises BundleError when ``out`` exists or lies in the bundle, a task is unknown, a file is damaged, or the disk is full.
+    Raises BundleError when ``out`` exists, lies in the bundle or is no name of a tar file, a task is unknown, a file is
+    damaged, or the disk is full.
     """
     bundle = open_bundle(path)
-    if out.exists():
-        raise BundleError(f"{out}: exists already; choose another name, or remove it")
-    if out.resolve().is_relative_to(path.resolve()):
-        raise BundleError(f"{out}: lies in the bundle that is to be packed; choose a place outside it")
+    _check_place(bundle, out)
     manifest = _with_tasks(bundle, tasks or sorted(bundle.manifest.tasks))
     with staging(out) as stage:
         staged = stage / out.name
@@ -49,6 +49,15 @@ def pack_bundle(path: Path, out: Path, tasks: Collection[str] = (), progress: Ca
     return out.stat().st_size
 
 
+def _check_place(bundle: Bundle, out: Path) -> None:
+    if out.suffix != SUFFIX:
+        raise BundleError(f"{out}: expected a name that ends in {SUFFIX}; without it, the name is that of the folder that 'tar xf' makes")
+    if os.path.lexists(out):
+        raise BundleError(f"{out}: exists already; choose another name, or remove it")
+    if out.resolve().is_relative_to(bundle.path.resolve()):
+        raise BundleError(f"{out}: lies in the bundle that is to be packed; choose a place outside it")
+
+
 def _with_tasks(bundle: Bundle, names: Collection[str]) -> Manifest:
     tasks = {name: bundle.task(name) for name in sorted(names)}
     used = {task.graph for task in tasks.values()}
@@ -57,11 +66,13 @@ def _with_tasks(bundle: Bundle, names: Collection[str]) -> Manifest:
 
 
 def _add_file(tar: tarfile.TarFile, bundle: Bundle, file: File, name: str) -> None:
-    with bundle.present(file).open("rb") as content:
-        hashed = _Hashed(content)
+    path = bundle.present(file)
+    with reading(path):
+        content = path.open("rb")
+    with content:
+        hashed = _Hashed(path, content)
         tar.addfile(_member(name, file.size), hashed)
-    if hashed.sha256 != file.sha256:
-        raise BundleError(f"{bundle.path / file.path}: content does not match the manifest's SHA-256; export the task again")
+    check_sha256(path, file, hashed.sha256)
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
@@ -72,15 +83,17 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is hashed while it is read."""
+    """A file of the bundle that is hashed while it is read. What can't be read is a BundleError: OSErrors are the tar file's."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
         self._file = file
         self._digest = hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
         """The next bytes."""
-        content = self._file.read(size)
+        with reading(self._path):
+            content = self._file.read(size)
         self._digest.update(content)
         return content
 

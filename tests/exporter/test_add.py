@@ -184,6 +184,22 @@ def test_the_base_as_a_task_is_the_base(headed: Path, token_ids):
     assert verify(bundle, "unadapted", [token_ids()], {}).passed
 
 
+def test_the_bases_own_head_comes_with_the_first_task_that_needs_it(headed: Path, write_adapter, token_ids, tmp_path: Path):
+    """The first task brings a head, so that the bundle has none of the base's."""
+    base, out = headed.parent / "headed", tmp_path / "late"
+    first = export_task(Request(base, write_adapter("with-head"), "first"), out)
+    with pytest.raises(
+        ExportError, match=r"weight 'classifier\.\w+' .* is neither in the base nor in the adapter; export the task from a checkpoint that has it"
+    ):
+        add_task(out, without_head(write_adapter, "a", 0), "a")
+    unadapted = export_task(Request(base, None, "unadapted"), out)
+    assert 0 < unadapted.base_bytes < first.base_bytes // 1000
+    assert not add_task(out, without_head(write_adapter, "b", 0), "b").traced
+    assert not export_task(Request(base, write_adapter("again", seed=1), "second"), out).traced
+    np.testing.assert_array_equal(outputs(out, "unadapted", token_ids()), outputs(headed, "unadapted", token_ids()))
+    assert check_bundle(out) == []
+
+
 def without_head(write_adapter, name: str, seed: int) -> Path:
     tensors = {"base_model.model.classifier.weight": None, "base_model.model.classifier.bias": None}
     return write_adapter(name, seed=seed, tensors=tensors, config={"modules_to_save": None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -85,6 +86,15 @@ def test_a_path_out_of_the_bundle_is_found_and_not_followed(two_tasks: Path):
     assert "refusing to follow it" in problems(two_tasks)["manifest.json"]
 
 
+def test_a_name_that_is_no_text_or_two_lines_is_told_in_one_line_of_text(two_tasks: Path):
+    for name in (b"a\nb", b"\xff", b"\x1b[31m"):
+        (two_tasks / os.fsdecode(name)).touch()
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([LORAFUSE, "bundle", "check", two_tasks], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == [f"{two_tasks}/{name}" for name in (r"\x1b[31m", r"a\nb", r"\udcff")]
+
+
 def test_a_folder_without_a_bundle_raises(tmp_path: Path):
     with pytest.raises(BundleError, match="not a bundle"):
         check_bundle(tmp_path)
@@ -128,6 +138,6 @@ def test_the_commands_print_and_say_by_their_status(two_tasks: Path):
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (3, "", 1)
 
 
-@pytest.mark.parametrize("command", ["ls", "remove", "check"])
+@pytest.mark.parametrize("command", ["ls", "add", "remove", "pack", "check"])
 def test_help_shows_an_example(command: str):
     assert f"Example: lorafuse bundle {command} bundle" in lorafuse(command, "--help").stdout

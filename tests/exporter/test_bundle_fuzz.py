@@ -93,12 +93,19 @@ def test_any_other_length_of_any_file_is_found(bundle: Path, files: list[File], 
         assert found(bundle) == [file.path]
 
 
-@pytest.mark.parametrize("instead", [lambda path, away: None, lambda path, away: path.mkdir(), lambda path, away: path.symlink_to(away)])
-def test_any_file_that_is_gone_a_folder_or_a_link_to_itself_is_found(bundle: Path, files: list[File], tmp_path: Path, instead: Callable[[Path, Path], None]):
+INSTEAD: dict[str, Callable[[Path, Path], object]] = {
+    "nothing": lambda path, away: None,
+    "a folder": lambda path, away: path.mkdir(),
+    "a link to it": lambda path, away: path.symlink_to(away),
+}
+
+
+@pytest.mark.parametrize("put", INSTEAD.values(), ids=INSTEAD)
+def test_any_file_is_missed_whatever_is_in_its_place(bundle: Path, files: list[File], tmp_path: Path, put: Callable[[Path, Path], object]):
     for file in files:
         path, away = bundle / file.path, tmp_path / "away"
         path.rename(away)
-        instead(path, away)
+        put(path, away)
         try:
             assert found(bundle) == [file.path]
         finally:
@@ -108,13 +115,16 @@ def test_any_file_that_is_gone_a_folder_or_a_link_to_itself_is_found(bundle: Pat
 
 def test_any_two_files_that_changed_places_are_found(bundle: Path, files: list[File]):
     for one, other in pairwise(files):
-        content = (bundle / other.path).read_bytes()
         if one.sha256 != other.sha256:
-            with (
-                changed(bundle / other.path, lambda _, path=one.path: (bundle / path).read_bytes()),
-                changed(bundle / one.path, lambda _, content=content: content),
-            ):
-                assert found(bundle) == [one.path, other.path]
+            swap(bundle / one.path, bundle / other.path)
+            assert found(bundle) == [one.path, other.path]
+            swap(bundle / one.path, bundle / other.path)
+
+
+def swap(one: Path, other: Path) -> None:
+    content = one.read_bytes()
+    other.replace(one)
+    other.write_bytes(content)
 
 
 names = st.binary(min_size=1, max_size=20).filter(lambda name: not set(b"/\0") & set(name) and name not in (b".", b".."))

@@ -93,6 +93,12 @@ def test_an_absent_field_is_refused_by_name(tiny_copy: Path, place: str, field: 
         open_bundle(tiny_copy)
 
 
+def test_what_is_not_understood_is_told_in_printable_characters(tiny_copy: Path):
+    edited(tiny_copy, lambda content: content.update({"\x1b[31m": 1}))
+    with pytest.raises(BundleError, match=r"unknown field `\\x1b\[31m`"):
+        open_bundle(tiny_copy)
+
+
 BAD_PATHS = ["/etc/passwd", "..", "../x", "a/../../x", "a/..", "a\\..\\x", "", ".", "a\0b", "a\nb", "a\x1b[31mb", "manifest.json", "./manifest.json"]
 
 
@@ -188,6 +194,8 @@ def test_a_file_name_longer_than_the_system_takes_is_refused(tiny_copy: Path):
     bundle = open_bundle(edited(tiny_copy, lambda content: content["tasks"]["first"]["model"].update(path="a" * 300)))
     with pytest.raises(BundleError, match="File name too long"):
         bundle.checked(bundle.task("first").model)
+    with pytest.raises(BundleError, match="File name too long"):
+        bundle.present(bundle.task("first").model)
 
 
 def test_a_folder_name_longer_than_the_system_takes_is_refused(tiny_copy: Path):

@@ -19,6 +19,7 @@ from exporter.bundle.check import check_bundle
 from exporter.bundle.manifest import MODULE, Bundle, open_bundle
 from exporter.reference import merged_values, torch_runner
 from exporter.task import add_task
+from exporter.verify import verify
 from lora.errors import AdapterError, BundleError, ExportError
 from lora.tensorfile import Array
 
@@ -130,6 +131,32 @@ def test_axes_outputs_and_precision_are_the_callers(tmp_path: Path):
         np.testing.assert_allclose(got, value.numpy(), atol=5e-3 * float(value.abs().max()))
 
 
+class Recurrent(nn.Module):
+    """A GRU of two layers that reads in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.gru, self.out = nn.Embedding(20, 8), nn.GRU(8, 6, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(12, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.gru(self.embed(tokens))[0])
+
+
+def test_a_recurrent_network_is_unrolled_over_a_fixed_length(tmp_path: Path):
+    wrapped = peft.get_peft_model(Recurrent().eval(), peft.LoraConfig(r=2, target_modules=["embed", "out"], init_lora_weights=False))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    bundle = exporter.export(Recurrent(), {"tokens": torch.ones(2, 5, dtype=torch.long)}, tmp_path / "bundle", task="one", adapter=tmp_path / "adapter").bundle
+    assert bundle.graph(bundle.task("one")).weights.keys() == Recurrent().state_dict().keys()
+    assert bundle.graph(bundle.task("one")).outputs[0].shape == ("batch", 5, 3)
+    tokens = torch.arange(15).reshape(3, 5)
+    with torch.no_grad():
+        want = peft.PeftModel.from_pretrained(Recurrent().eval(), tmp_path / "adapter").merge_and_unload()(tokens).numpy()
+    np.testing.assert_allclose(run(bundle, "one", tokens=tokens)[0], want, atol=1e-5 * np.abs(want).max())
+    with pytest.raises(ExportError, match=r"\ARecurrent: torch can't trace this as a MODULE model \([^\n]*static shape of 5[^\n]*\Z"):
+        exporter.export(Recurrent(), {"tokens": torch.ones(2, 5, dtype=torch.long)}, tmp_path / "other", task="one", axes={"tokens": {0: "batch", 1: "length"}})
+
+
 def test_axes_that_are_not_named_are_fixed(tmp_path: Path):
     bundle = exporter.export(Network(), IMAGES, tmp_path / "bundle", task="plain", axes={}).bundle
     assert bundle.graph(bundle.task("plain")).inputs[0].shape == (2, 3, 6, 6)
@@ -166,6 +193,8 @@ def test_an_adapter_of_another_module_is_refused(tmp_path: Path, adapters: dict[
 def test_the_bundle_can_not_rebuild_the_module_and_says_so(bundle: Bundle):
     with pytest.raises(ExportError, match=r"task 'one' was exported from a Python module, which the bundle can't rebuild"):
         torch_runner(bundle, "one", merged_values(bundle, "one"))
+    with pytest.raises(ExportError, match="compare with the module itself"):
+        verify(bundle, "one", [{"image": IMAGES["image"].numpy()}], {})
 
 
 def test_the_manifest_of_a_module_reads_like_another(bundle: Bundle):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,9 @@ import onnxruntime
 import pytest
 
 from exporter.bundle.check import check_bundle
-from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest import Bundle, all_files, open_bundle
 from exporter.bundle.pack import pack_bundle
-from exporter.task import Request, export_task
+from exporter.task import Request, add_task, export_task
 from lora.errors import BundleError
 
 COMMAND = Path(sys.executable).with_name("lorafuse")
@@ -57,9 +58,36 @@ def test_some_tasks_come_with_the_base_and_without_the_others(two_tasks: Path, t
 def test_the_same_bundle_gives_the_same_bytes(two_tasks: Path, tmp_path: Path):
     (tmp_path / "a").mkdir()
     pack_bundle(two_tasks, tmp_path / "a" / "x.tar")
-    (two_tasks / "manifest.json").touch()
-    pack_bundle(two_tasks, tmp_path / "x.tar")
+    copied = Path(shutil.copytree(two_tasks, tmp_path / "elsewhere", copy_function=shutil.copyfile))  # with other times
+    (copied / "manifest.json").chmod(0o600)
+    pack_bundle(copied, tmp_path / "x.tar")
     assert (tmp_path / "a" / "x.tar").read_bytes() == (tmp_path / "x.tar").read_bytes()
+
+
+def test_what_tasks_share_is_packed_once_and_with_each_of_them(tiny_base: Path, tmp_path: Path):
+    """Two tasks that are the base itself have one graph."""
+    for name in ("a", "b"):
+        made = export_task(Request(tiny_base, None, name), tmp_path / "bundle").bundle
+    pack_bundle(made.path, tmp_path / "x.tar")
+    members = subprocess.run(["tar", "tf", tmp_path / "x.tar"], capture_output=True, text=True, check=True).stdout.split()
+    assert members.count(f"x/{made.task('a').model.path}") == 1
+    assert len(members) == len(set(members))
+    pack_bundle(made.path, tmp_path / "y.tar", ["b"])
+    assert check_bundle(unpacked(tmp_path / "y.tar", tmp_path / "elsewhere")) == []
+
+
+def test_a_task_stored_as_factors_can_be_packed_alone(tiny_copy: Path, write_adapter, tmp_path: Path):
+    add_task(tiny_copy, write_adapter(seed=1), "second", store="factors")
+    pack_bundle(tiny_copy, tmp_path / "x.tar", ["second"])
+    again = unpacked(tmp_path / "x.tar", tmp_path / "elsewhere")
+    assert check_bundle(again) == []
+    assert open_bundle(again).task("second") == open_bundle(tiny_copy).task("second")
+
+
+def test_every_file_is_announced(two_tasks: Path, tmp_path: Path):
+    steps: list[str] = []
+    pack_bundle(two_tasks, tmp_path / "x.tar", progress=steps.append)
+    assert steps == sorted({file.path for file in all_files(open_bundle(two_tasks).manifest)})
 
 
 def test_the_manifest_comes_last(two_tasks: Path, tmp_path: Path):
@@ -83,14 +111,35 @@ def test_a_damaged_file_is_not_packed(two_tasks: Path, tmp_path: Path, change):
     assert [path.name for path in tmp_path.iterdir() if "x.tar" in path.name] == []
 
 
-def test_a_name_that_is_taken_or_in_the_bundle_and_an_unknown_task_are_refused(two_tasks: Path, tmp_path: Path):
+def test_a_file_that_can_not_be_read_is_named_and_not_the_tar_file(two_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unreadable(path: Path, *arguments: object, **options: object) -> object:
+        if path.name == "config.json":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", unreadable)
+    with pytest.raises(BundleError, match=r"base/config\.json: can't be read \(Permission denied\)"):
+        pack_bundle(two_tasks, tmp_path / "x.tar")
+
+
+def test_a_name_that_is_taken_or_in_the_bundle_or_no_tar_and_an_unknown_task_are_refused(two_tasks: Path, tmp_path: Path):
     (tmp_path / "taken.tar").write_text("mine")
-    with pytest.raises(BundleError, match="exists already"):
-        pack_bundle(two_tasks, tmp_path / "taken.tar")
+    (tmp_path / "link.tar").symlink_to("nowhere")
+    for name in ("taken.tar", "link.tar"):
+        with pytest.raises(BundleError, match=rf"{name}: exists already"):
+            pack_bundle(two_tasks, tmp_path / name)
+    for name in ("shipped", "v1.2", ".tar"):
+        with pytest.raises(BundleError, match=rf"{name}: expected a name that ends in \.tar"):
+            pack_bundle(two_tasks, tmp_path / name)
     with pytest.raises(BundleError, match="lies in the bundle"):
         pack_bundle(two_tasks, two_tasks / "x.tar")
+    (tmp_path / "way-in").symlink_to(two_tasks / "adapters")
+    with pytest.raises(BundleError, match="lies in the bundle"):
+        pack_bundle(two_tasks, tmp_path / "way-in" / "x.tar")
     with pytest.raises(BundleError, match="no task 'third'"):
         pack_bundle(two_tasks, tmp_path / "x.tar", ["third"])
+    assert check_bundle(two_tasks) == []
     assert (tmp_path / "taken.tar").read_text() == "mine"
     assert not (tmp_path / "x.tar").exists()
 
@@ -119,6 +168,12 @@ stride, sees_writes = 1, False
     whole = [tar for tar in tars if tar.exists()]
     assert 0 < len(whole) < len(tars)
     assert all(check_bundle(unpacked(tar, tar.parent / "out")) == [] for tar in whole)
+
+
+def test_packing_needs_neither_torch_nor_onnx(tiny_bundle: Bundle, tmp_path: Path):
+    program = "import sys; from pathlib import Path; from exporter.bundle.pack import pack_bundle; pack_bundle(*map(Path, sys.argv[1:])); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, tiny_bundle.path, tmp_path / "x.tar"], capture_output=True, text=True, check=True)
+    assert {"torch", "transformers", "onnx", "onnxruntime", "typer"}.isdisjoint(done.stdout.split())
 
 
 def test_the_command_says_what_it_packed(two_tasks: Path, tmp_path: Path):

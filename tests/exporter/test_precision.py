@@ -156,10 +156,16 @@ def test_layer_norms_keep_their_statistics_in_float32(case: Case):
     assert len(norms) == (0 if case.architecture.name in ("Llama", "T5") else 5)
 
 
+def kept_wide(case: Case, name: str) -> bool:
+    """transformers keeps T5's ``wo`` in float32 where the rest is float16."""
+    return case.architecture.name == "T5" and name.endswith(".wo.weight")
+
+
 def test_weights_are_stored_in_half_and_what_they_are_multiplied_with_is_half(case: Case):
     half, known = ONNX_TYPES[case.precision], types(case.graph)
-    names = {tensor.name for tensor in case.weights}
-    assert {tensor.data_type for tensor in case.weights} == {half}
+    names = {tensor.name for tensor in case.weights if not kept_wide(case, tensor.name)}
+    assert {tensor.data_type for tensor in case.weights if tensor.name in names} == {half}
+    assert {tensor.data_type for tensor in case.weights if tensor.name not in names} <= {TensorProto.FLOAT}
     products = [node for node in case.graph.node if node.op_type in ("MatMul", "Gemm", "Conv") and names.intersection(node.input)]
     assert len(products) >= 8
     assert {known[name] for node in products for name in (node.input[0], node.input[1], node.output[0])} == {half}
