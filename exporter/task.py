@@ -195,9 +195,19 @@ def _module_head(bundle: Bundle) -> Head | None:
 
 
 def _apart(bundle: Bundle) -> bool:
-    """Whether the base's embeddings are apart: then no graph of a language model has them as one tensor."""
-    tied = [graph.head.tied for graph in bundle.manifest.graphs.values() if graph.head.task_type.endswith("_LM")]
-    return bool(tied) and not any(tied)
+    """Whether the base itself has its embeddings apart: a task's graph does whose adapter would have left them one tensor.
+
+    A task whose adapter changes one of the two says nothing about the base. On a base that ties them, a further task's
+    trained tokens would then reach one of the two only.
+    """
+    return any(_unadapted_ties(bundle, task) for task in bundle.manifest.tasks.values() if not bundle.graph(task).head.tied)
+
+
+def _unadapted_ties(bundle: Bundle, task: Task) -> bool:
+    """Whether the task's adapter, by itself, leaves the embeddings tied."""
+    folder = (bundle.path / task.adapter[0].path).parent if task.adapter else None
+    base = bundle.path / "base"
+    return head_of(_read(Request(base, folder, "")), base, bundle.graph(task).head.task_type).tied
 
 
 def _labels(request: Request, head: Head) -> tuple[str, ...]:

@@ -227,3 +227,50 @@ def test_labels_for_a_model_without_classes_are_refused(tiny_base: Path, tmp_pat
 
 def test_a_manifest_says_how_a_task_is_stored(tiny_bundle: Bundle):
     assert msgspec.to_builtins(tiny_bundle.task("first"))["store"] == "dense"
+
+
+# --- Language models whose two embeddings are one tensor, or not -------------------------------------------------------
+
+
+def save_decoder(folder: Path, **saved: Array) -> Path:
+    """A tiny GPT-2 with tied embeddings; its file also holds ``saved``."""
+    import transformers
+    from safetensors.numpy import load_file, save_file
+
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=90, n_positions=32, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    save_file(load_file(folder / "model.safetensors") | saved, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def save_decoder_adapter(folder: Path, base: Path, *targets: str, **config) -> Path:
+    import peft
+    import transformers
+
+    config |= {"task_type": "CAUSAL_LM", "r": 2, "target_modules": list(targets), "init_lora_weights": False, "fan_in_fan_out": "c_attn" in targets}
+    peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base), peft.LoraConfig(**config)).save_pretrained(folder)
+    return folder
+
+
+def test_trained_tokens_never_join_a_task_that_has_untied_the_bases_embeddings(tmp_path: Path, snapshot):
+    """They would reach the input alone, and the output would be another model's."""
+    base = save_decoder(tmp_path / "base")
+    output = save_decoder_adapter(tmp_path / "output", base, "lm_head")
+    tokens = save_decoder_adapter(tmp_path / "tokens", base, "c_attn", trainable_token_indices={"wte": [3, 5]})
+    bundle = export_task(Request(base, output, "output"), tmp_path / "bundle").bundle
+    before = snapshot(bundle.path)
+    with pytest.raises(BundleError, match="no task has a CAUSAL_LM head of 90 outputs yet; add the first with 'lorafuse export'"):
+        add_task(bundle.path, tokens, "tokens")
+    assert snapshot(bundle.path) == before
+    assert export_task(Request(base, tokens, "tokens"), bundle.path).traced
+    assert not add_task(bundle.path, output, "again").traced
+
+
+def test_a_base_with_embeddings_apart_whatever_its_config_says_takes_further_tasks(tmp_path: Path):
+    base = save_decoder(tmp_path / "base", **{"lm_head.weight": np.random.default_rng(0).normal(size=(90, 32)).astype(np.float32)})
+    export_task(Request(base, None, "unadapted"), tmp_path / "bundle")
+    adapter = save_decoder_adapter(tmp_path / "adapter", base, "c_attn")
+    added = add_task(tmp_path / "bundle", adapter, "further")
+    exported = export_task(Request(base, adapter, "further"), Path(shutil.copytree(tmp_path / "bundle", tmp_path / "other")))
+    assert not added.bundle.graph(added.bundle.task("further")).head.tied
+    assert added.bundle.manifest == exported.bundle.manifest
