@@ -19,7 +19,7 @@ from lora.errors import ExportError, LorafuseError
 from lora.terminal import BAD_INPUT, DONE, NO, UNDECIDED, megabytes, print_error, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from engines.backends import Model, Session
+    from engines.backends import Model
     from exporter.bundle.manifest import Bundle
 
 HELP = """Ship LoRA-tuned models.
@@ -242,22 +242,19 @@ def _arms(opened: Bundle, task: str, threads: int) -> tuple[list[Any], str]:
     """
     from engines.backends import Model, backend
     from engines.latency import AGAIN, BASE, MERGED, UNMERGED, Arm
-    from exporter.arms import merged_graph, unadapted_graph, unmerged_graph
+    from engines.runtime import task_model
+    from exporter.arms import unadapted_graph, unmerged_graph
 
-    def arm(name: str, graph: Any) -> Arm:
-        model = Model(graph.SerializeToString(), opened.path)
-        return Arm(name, lambda: _open(model, threads))
+    def arm(name: str, model: Model) -> Arm:
+        return Arm(name, lambda: backend("onnxruntime", threads).load(model, None))
 
-    def _open(model: Model, threads: int) -> Session:
-        return backend("onnxruntime", threads).load(model, None)
-
-    unadapted = unadapted_graph(opened, task)
-    graphs, left_out = {BASE: unadapted, AGAIN: unadapted, MERGED: merged_graph(opened, task)}, ""
+    unadapted = Model(unadapted_graph(opened, task).SerializeToString(), opened.path)
+    models, left_out = {BASE: unadapted, AGAIN: unadapted, MERGED: task_model(opened, task)}, ""
     try:
-        graphs[UNMERGED] = unmerged_graph(opened, task)
+        models[UNMERGED] = Model(unmerged_graph(opened, task).SerializeToString(), opened.path)
     except ExportError as error:
         left_out = str(error)
-    return [arm(name, graph) for name, graph in graphs.items()], left_out
+    return [arm(name, model) for name, model in models.items()], left_out
 
 
 def _verification_inputs(opened: Bundle, task: str, texts: Path | None) -> list[dict[str, Any]]:

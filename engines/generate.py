@@ -8,12 +8,11 @@ from collections.abc import Set as AbstractSet
 import numpy as np
 
 from engines.backends import Session
+from engines.inputs import CACHED
 from engines.text import base_config
 from exporter.bundle.manifest import Bundle, Graph
 from lora.errors import EngineError
 from lora.tensorfile import Array
-
-CACHED = "past_key_values."
 
 
 def greedy(session: Session, inputs: Mapping[str, Array], limit: int, stop: AbstractSet[int] = frozenset()) -> list[list[int]]:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from exporter.bundle.manifest import Graph
+from exporter.bundle.manifest import Graph, Port
 from lora.tensorfile import Array, numpy_dtype
+
+CACHED = "past_key_values."  # what the inputs of a decoder's cache are called
 
 Sizes = Mapping[str, int]
 
@@ -27,16 +29,18 @@ def random_inputs(graph: Graph, vocabulary: int, axes: Sizes, seed: int) -> dict
     random = np.random.default_rng(seed)
     inputs = {}
     for port in graph.inputs:
-        shape = tuple(axes[axis] if isinstance(axis, str) else axis for axis in port.shape)
-        inputs[port.name] = _values(port.name, port.dtype, shape, vocabulary, axes, random).astype(numpy_dtype(port.dtype))
+        inputs[port.name] = _values(port.name, port.dtype, _shape(port, axes), vocabulary, axes, random).astype(numpy_dtype(port.dtype))
     return inputs
 
 
 def empty_cache(graph: Graph, rows: int) -> dict[str, Array]:
     """A decoder's key-value cache before the first token: arrays of no length, in the graph's dtype; none for other graphs."""
     axes = sizes(rows, length=0)
-    cached = [port for port in graph.inputs if port.name.startswith("past_key_values.")]
-    return {port.name: np.zeros(tuple(axes[axis] if isinstance(axis, str) else axis for axis in port.shape), numpy_dtype(port.dtype)) for port in cached}
+    return {port.name: np.zeros(_shape(port, axes), numpy_dtype(port.dtype)) for port in graph.inputs if port.name.startswith(CACHED)}
+
+
+def _shape(port: Port, axes: Sizes) -> tuple[int, ...]:
+    return tuple(axes[axis] if isinstance(axis, str) else axis for axis in port.shape)
 
 
 def _values(name: str, dtype: str, shape: tuple[int, ...], vocabulary: int, axes: Sizes, random: np.random.Generator) -> Array:

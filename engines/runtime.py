@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines.backends import BackendName, Model, Session, backend
-from exporter.bundle.changes import in_graph_order, merged_at_load
+from exporter.bundle.changes import base_stored, in_graph_order, merged_at_load
 from exporter.bundle.manifest import Bundle, open_bundle
 from lora.errors import EngineError
 
@@ -26,10 +26,10 @@ def load(bundle: str | Path, task: str, backend_name: BackendName = "onnxruntime
 
 def task_model(bundle: Bundle, task: str) -> Model:
     """The task's ONNX model, after all the files that it reads were checked; a task stored as factors is merged now."""
-    record = bundle.task(task)
-    for file in (*bundle.manifest.base.weights, *([record.weights] if record.weights else ())):
+    record, base = bundle.task(task), base_stored(bundle, task)
+    for file in record.own_weights:
         bundle.checked(file)
-    values = in_graph_order(bundle, task, merged_at_load(bundle, task)) if record.store == "factors" else {}
+    values = in_graph_order(bundle, task, merged_at_load(bundle, task, base))
     return Model(bundle.checked(record.model).read_bytes(), bundle.path, values)
 
 

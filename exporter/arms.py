@@ -28,8 +28,7 @@ def merged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
 def unadapted_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
     """The task's graph on the base's weights; what the base does not have (a trained head) stays the task's."""
     record = bundle.task(task)
-    own = [record.weights] if record.weights else []
-    files = [TensorFile(bundle.checked(file)) for file in (*own, *bundle.manifest.base.weights)]
+    files = [TensorFile(bundle.checked(file)) for file in (*record.own_weights, *bundle.manifest.base.weights)]
     return pointed(merged_graph(bundle, task), bundle.graph(record).weights, files)
 
 

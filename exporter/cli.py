@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora.cli import AsJson
+from lora.cli import AsJson, FloatDtype
 from lora.terminal import DONE, NO, megabytes, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -20,14 +20,6 @@ bundle_app = typer.Typer(no_args_is_help=True, help="Look into a bundle, check a
 app.add_typer(bundle_app, name="bundle")
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
-
-
-class PrecisionChoice(StrEnum):
-    """The precisions of a graph as the command line takes them."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 class StoreChoice(StrEnum):
@@ -51,7 +43,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The bundle; created if there is none, else the task is added to it.")],
     labels: Labels = "",
     task_type: Annotated[str | None, typer.Option(help="SEQ_CLS, TOKEN_CLS, CAUSAL_LM … Default: the adapter's, or the base's architecture.")] = None,
-    precision: Annotated[PrecisionChoice | None, typer.Option(help="Of weights and products. Default: the bundle's, or float32 in a new one.")] = None,
+    precision: Annotated[FloatDtype | None, typer.Option(help="Of weights and products. Default: the bundle's, or float32 in a new one.")] = None,
     store: Store = StoreChoice.dense,
     as_json: AsJson = False,
 ) -> None:

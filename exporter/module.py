@@ -16,9 +16,7 @@ from exporter.dense import Progress, held_weights
 from exporter.precision import torch_dtype
 from exporter.signature import Called, Signature
 from exporter.source import Source
-from exporter.task import Exported, Plan, check_same_base, export_traced, precision_of
-from lora.adapter import Adapter
-from lora.formats.peft import read_peft
+from exporter.task import Exported, Plan, adapter_of, check_same_base, export_traced, precision_of
 
 
 def export(
@@ -45,7 +43,7 @@ def export(
     >>> export(net, {"x": torch.ones(2, 8)}, "bundle", task="digits", adapter="adapters/digits")  # doctest: +SKIP
     """
     check_task_name(task)
-    read = read_peft(Path(adapter)) if adapter is not None else Adapter(Path(task), "none", (), "", ())
+    read = adapter_of(Path(adapter) if adapter is not None else None, Path(task))
     dynamic = {name: dict(axes.get(name, {})) if axes is not None else {0: "batch"} for name in example_inputs}
 
     def traced(head: Head, asked: Precision) -> Signature:

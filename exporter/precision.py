@@ -53,17 +53,12 @@ def stored_as(name: str, values: Array, dtype: np.dtype[np.generic], source: obj
 
 
 def _compute_in_float32(node: ir.Node, half: ir.DataType) -> None:
-    source, result = node.inputs[0], node.outputs[0]
-    assert source is not None
-    widened = ir.node("Cast", [source], {"to": ir.DataType.FLOAT})
-    _like(widened.outputs[0], source, ir.DataType.FLOAT)
+    result = node.outputs[0]
     narrowed = ir.node("Cast", [result], {"to": half})
     _like(narrowed.outputs[0], result, half)
-    graph = node.graph
-    assert graph is not None
-    graph.insert_before(node, widened)
-    graph.insert_after(node, narrowed)
-    node.replace_input_with(0, widened.outputs[0])
+    _widen(node, 0)
+    assert node.graph is not None
+    node.graph.insert_after(node, narrowed)
     result.replace_all_uses_with(narrowed.outputs[0], replace_graph_outputs=True)
     narrowed.replace_input_with(0, result)
     result.dtype = ir.DataType.FLOAT
@@ -75,17 +70,23 @@ def _widen_masked_scores(softmax: ir.Node) -> None:
     masked = cast.inputs[0].producer() if cast is not None and cast.op_type == "Cast" and cast.inputs[0] is not None else None
     if cast is None or masked is None or masked.op_type != "Add" or masked.outputs[0].dtype not in HALVES or len(masked.outputs[0].uses()) != 1:
         return
-    graph = masked.graph
-    assert graph is not None
-    for index, value in enumerate(masked.inputs):
-        assert value is not None
-        widened = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-        _like(widened.outputs[0], value, ir.DataType.FLOAT)
-        graph.insert_before(masked, widened)
-        masked.replace_input_with(index, widened.outputs[0])
+    for index in range(len(masked.inputs)):
+        _widen(masked, index)
     masked.outputs[0].dtype = ir.DataType.FLOAT
     cast.outputs[0].replace_all_uses_with(masked.outputs[0])
-    graph.remove(cast, safe=True)
+    assert masked.graph is not None
+    masked.graph.remove(cast, safe=True)
+
+
+def _widen(node: ir.Node, index: int) -> None:
+    """Give ``node`` that input in float32."""
+    value, graph = node.inputs[index], node.graph
+    assert value is not None
+    assert graph is not None
+    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+    _like(cast.outputs[0], value, ir.DataType.FLOAT)
+    graph.insert_before(node, cast)
+    node.replace_input_with(index, cast.outputs[0])
 
 
 def _like(value: ir.Value, other: ir.Value, dtype: ir.DataType) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from exporter.base import skeleton
-from exporter.bundle.changes import base_stored, bundled_changes, merged_at_load
-from exporter.bundle.layout import ModelWeights
+from exporter.bundle.changes import base_stored, bundled_changes, merged_at_load, own_stored
 from exporter.bundle.manifest import MODULE, Bundle
 from lora.errors import ExportError
 from lora.merge import apply
-from lora.tensorfile import Array, TensorFile
+from lora.tensorfile import Array
 
 Inputs = Mapping[str, Array]
 Runner = Callable[[Inputs], Array]
@@ -21,12 +20,13 @@ Runner = Callable[[Inputs], Array]
 
 def base_values(bundle: Bundle, task: str) -> dict[str, Array]:
     """The unadapted weights by parameter name; what the base does not have (a trained head) is the task's."""
-    return {**merged_values(bundle, task), **base_stored(bundle, task)}
+    return {**own_stored(bundle, task), **base_stored(bundle, task)}
 
 
 def merged_values(bundle: Bundle, task: str) -> dict[str, Array]:
     """The weights that ``task`` is run with, by parameter name: as the bundle stores them, or merges them when it is loaded."""
-    return {**base_stored(bundle, task), **_own_stored(bundle, task), **merged_at_load(bundle, task)}
+    base = base_stored(bundle, task)
+    return {**base, **own_stored(bundle, task), **merged_at_load(bundle, task, base)}
 
 
 def exact_values(bundle: Bundle, task: str) -> dict[str, Array]:
@@ -71,9 +71,3 @@ def _tensor(values: Array) -> Any:
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(np.array(values).view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.array(values))
-
-
-def _own_stored(bundle: Bundle, task: str) -> Mapping[str, Array]:
-    record = bundle.task(task)
-    files = [TensorFile(bundle.checked(record.weights))] if record.weights else []
-    return ModelWeights(files, bundle.graph(record).weights)

@@ -79,17 +79,18 @@ class Named(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The outputs in float32 (in float64 where the model computes in it)."""
-        given = self.model(**in_dtype(self.model.dtype, inputs))
+        given = self._part()(**in_dtype(self.model.dtype, inputs))
         return tuple(widened(given[name]) for name in self._outputs)
+
+    def _part(self) -> Any:
+        return self.model
 
 
 class Encoder(Named):
     """The encoder of an encoder-decoder model."""
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """As of ``Named``."""
-        given = self.model.get_encoder()(**in_dtype(self.model.dtype, inputs))
-        return tuple(widened(given[name]) for name in self._outputs)
+    def _part(self) -> Any:
+        return self.model.get_encoder()
 
 
 class Decoder(nn.Module):

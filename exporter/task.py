@@ -84,11 +84,11 @@ def export_task(request: Request, out: Path, progress: Progress = lambda step: N
     """
     check_task_name(request.task)
     progress("reading the adapter")
-    adapter = _read(request)
+    adapter = adapter_of(request.adapter, request.base)
     head = head_of(adapter, request.base, request.task_type, embeddings_apart(name for path in weight_files(request.base) for name in TensorFile(path)))
     existing = current_bundle(out)
     precision = precision_of(existing, request.precision)
-    plan = Plan(request.task, adapter, head, _labels(request, head), request.store)
+    plan = Plan(request.task, adapter, head, _labels(request.labels, head, adapter), request.store)
     with ThreadPoolExecutor(1) as pool:  # hashing gigabytes goes on beside whatever follows
         hashing = pool.submit(fingerprint, request.base)
         held = held_weights(existing) if existing else ()
@@ -126,15 +126,14 @@ def add_task(bundle: Path, adapter: Path, task: str, labels: tuple[str, ...] = (
     check_task_name(task)
     progress("reading the adapter")
     existing = open_bundle(bundle)
-    request = Request(existing.path / "base", adapter, task, labels, store=store)
-    read = _read(request)
+    read = read_peft(adapter)
     check_base(read, existing.manifest.base.sha256)
-    head = _module_head(existing) or head_of(read, request.base, apart=_apart(existing))
+    head = _module_head(existing) or head_of(read, existing.path / "base", apart=_apart(existing))
     files = existing.manifest.base.weights
     dense = known_dense(existing, head, tuple(TensorFile(existing.present(file)) for file in files))
     if dense is None:
         raise BundleError(f"{bundle}: no task has a {head.task_type} head of {head.outputs} outputs yet; add the first with 'lorafuse export', from the base")
-    plan = Plan(task, read, head, _labels(request, head), store)
+    plan = Plan(task, read, head, _labels(labels, head, read), store)
     with ThreadPoolExecutor(1) as pool, staging(bundle) as stage:
         checks = [pool.submit(existing.checked, file) for file in files]  # while the tensors are merged; waited for before anything is changed
         return write_task(bundle, stage, plan, dense, existing.manifest.base, progress, lambda: [check.result() for check in checks])
@@ -172,10 +171,9 @@ def write_task(out: Path, stage: Path, plan: Plan, dense: Dense, base: Base, pro
     )
 
 
-def _read(request: Request) -> Adapter:
-    if request.adapter is None:
-        return Adapter(request.base, "none", (), "", ())
-    return read_peft(request.adapter)
+def adapter_of(folder: Path | None, base: Path) -> Adapter:
+    """The adapter in ``folder``; without one, an adapter that changes nothing, which messages call by its ``base``."""
+    return read_peft(folder) if folder is not None else Adapter(base, "none", (), "", ())
 
 
 def precision_of(existing: Bundle | None, asked: Precision | None) -> Precision:
@@ -205,21 +203,18 @@ def _apart(bundle: Bundle) -> bool:
 
 def _unadapted_ties(bundle: Bundle, task: Task) -> bool:
     """Whether the task's adapter, by itself, leaves the embeddings tied."""
-    folder = (bundle.path / task.adapter[0].path).parent if task.adapter else None
-    base = bundle.path / "base"
-    return head_of(_read(Request(base, folder, "")), base, bundle.graph(task).head.task_type).tied
+    base, folder = bundle.path / "base", (bundle.path / task.adapter[0].path).parent if task.adapter else None
+    return head_of(adapter_of(folder, base), base, bundle.graph(task).head.task_type).tied
 
 
-def _labels(request: Request, head: Head) -> tuple[str, ...]:
-    if not request.labels:
+def _labels(given: tuple[str, ...], head: Head, adapter: Adapter) -> tuple[str, ...]:
+    if not given:
         return tuple(f"LABEL_{index}" for index in range(head.outputs)) if head.classifies and head.outputs > 1 else ()
     if not head.classifies:
-        raise ExportError(f"{request.adapter or request.base}: a {head.task_type} model has no classes, but labels were given; leave them out")
-    if len(request.labels) != head.outputs:
-        raise ExportError(
-            f"{request.adapter or request.base}: the head has {head.outputs} outputs, but {len(request.labels)} labels were given; give one per output"
-        )
-    return request.labels
+        raise ExportError(f"{adapter.path}: a {head.task_type} model has no classes, but labels were given; leave them out")
+    if len(given) != head.outputs:
+        raise ExportError(f"{adapter.path}: the head has {head.outputs} outputs, but {len(given)} labels were given; give one per output")
+    return given
 
 
 def check_same_base(existing: Bundle | None, base_sha256: str) -> None:
@@ -239,7 +234,8 @@ def _write_changed(stage: Path, plan: Plan, dense: Dense, stored: ModelWeights, 
     """Merge one tensor after the other and stage those that the task's file is to hold; the names of all that change."""
     order = dense.graph.weights
     kept = {name for name, changes in targets.items() if plan.store == "dense" or brought_whole(changes)}
-    expected = {key(name, order[name]): (dense.dtypes[name], _shape(dense, name)) for name in kept}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in dense.proto.graph.initializer}
+    expected = {key(name, order[name]): (dense.dtypes[name], shapes[name]) for name in kept}
     widest_first = dict(sorted(targets.items(), key=lambda target: (-dense.dtypes[target[0]].itemsize, target[0])))  # keeps every tensor aligned
     changed = []
     with TensorWriter(stage / "task.safetensors", expected) as writer:
@@ -251,10 +247,6 @@ def _write_changed(stage: Path, plan: Plan, dense: Dense, stored: ModelWeights, 
         (stage / "task.safetensors").unlink()
         return None, changed
     return named_by_content(stage / "task.safetensors", plan.task), changed
-
-
-def _shape(dense: Dense, name: str) -> tuple[int, ...]:
-    return next(tuple(tensor.dims) for tensor in dense.proto.graph.initializer if tensor.name == name)
 
 
 def _write_graph(stage: Path, plan: Plan, dense: Dense, weights: File | None) -> File:

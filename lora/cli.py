@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-class StoreDtype(StrEnum):
-    """The dtypes a merge can be stored in."""
+class FloatDtype(StrEnum):
+    """The dtypes that weights can be stored in."""
 
     float32 = "float32"
     float16 = "float16"
@@ -53,7 +53,7 @@ def merge(
     density: Annotated[float, typer.Option(help="TIES, DARE: the share of each update that is kept.")] = 0.5,
     seed: Annotated[int, typer.Option(help="DARE: the seed of what is dropped.")] = 0,
     only_changed: Annotated[bool, typer.Option(help="Write the changed tensors only, not a whole checkpoint.")] = False,
-    dtype: Annotated[StoreDtype | None, typer.Option(help="Store in this dtype. Default: the base's.")] = None,
+    dtype: Annotated[FloatDtype | None, typer.Option(help="Store in this dtype. Default: the base's.")] = None,
     keep_wide: Annotated[bool, typer.Option(help="Keep in float32 the tensors in which rounding would lose too much of the update.")] = False,
     alpha: Alpha = None,
     component: Component = None,

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from exporter.bundle.manifest import Bundle
-from exporter.task import Request, export_task
+from exporter.task import Request, add_task, export_task
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -99,6 +99,15 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Bu
 def tiny_copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     """A copy of ``tiny_bundle`` that a test may change."""
     return Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def stored_both_ways(tiny_copy: Path, write_adapter) -> Path:
+    """One adapter twice: as ``dense`` and as ``factors``."""
+    adapter = write_adapter(seed=1)
+    add_task(tiny_copy, adapter, "dense")
+    add_task(tiny_copy, adapter, "factors", store="factors")
+    return tiny_copy
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from exporter.bundle.layout import ModelWeights, to_graph
-from exporter.bundle.manifest import Bundle
+from exporter.bundle.manifest import Bundle, File
 from lora.adapter import Change, Replacement
 from lora.fit import changes_by_parameter
 from lora.formats.peft import read_peft
@@ -13,18 +13,30 @@ from lora.merge import merge
 from lora.tensorfile import Array, TensorFile
 
 
-def bundled_changes(bundle: Bundle, task: str) -> dict[str, list[Change]]:
-    """{parameter: its changes} of the adapter that the task was made of; none where the task is the unadapted base."""
+def bundled_changes(bundle: Bundle, task: str, base: ModelWeights | None = None) -> dict[str, list[Change]]:
+    """{parameter: its changes} of the adapter that the task was made of; none where the task is the unadapted base.
+
+    ``base`` is ``base_stored``'s, where the caller has it: opening it hashes all the base's weights.
+    """
     record = bundle.task(task)
     if not record.adapter:
         return {}
     paths = [bundle.checked(file) for file in record.adapter]
-    return changes_by_parameter(base_stored(bundle, task), read_peft(paths[0].parent))
+    return changes_by_parameter(base_stored(bundle, task) if base is None else base, read_peft(paths[0].parent))
 
 
 def base_stored(bundle: Bundle, task: str) -> ModelWeights:
-    """The base's weights that the task's graph reads, by parameter name."""
-    return ModelWeights([TensorFile(bundle.checked(file)) for file in bundle.manifest.base.weights], bundle.graph(bundle.task(task)).weights)
+    """The base's weights that the task's graph reads, by parameter name, after their hashes were compared."""
+    return _opened(bundle, task, bundle.manifest.base.weights)
+
+
+def own_stored(bundle: Bundle, task: str) -> ModelWeights:
+    """The tensors that the bundle stores for the task, by parameter name, after their hashes were compared."""
+    return _opened(bundle, task, bundle.task(task).own_weights)
+
+
+def _opened(bundle: Bundle, task: str, files: Iterable[File]) -> ModelWeights:
+    return ModelWeights([TensorFile(bundle.checked(file)) for file in files], bundle.graph(bundle.task(task)).weights)
 
 
 def brought_whole(changes: Sequence[Change]) -> bool:
@@ -32,16 +44,18 @@ def brought_whole(changes: Sequence[Change]) -> bool:
     return all(isinstance(change, Replacement) for change in changes)
 
 
-def merged_at_load(bundle: Bundle, task: str) -> dict[str, Array]:
+def merged_at_load(bundle: Bundle, task: str, base: ModelWeights | None = None) -> dict[str, Array]:
     """The tensors that loading the task must merge, by parameter name and in the model's axis order; none for a dense task.
 
     The same numbers as a dense export stores: W + ΔW in float32, rounded once. Raises AdapterError as the merge does.
+    ``base`` as for ``bundled_changes``.
     """
     record = bundle.task(task)
-    if record.store == "dense":
+    if record.store == "dense" or not record.adapter:
         return {}
-    targets = {name: changes for name, changes in bundled_changes(bundle, task).items() if not brought_whole(changes)}
-    return {merged.parameter: merged.stored for merged in merge(base_stored(bundle, task), targets, bundle.path / record.adapter[0].path)}
+    base = base_stored(bundle, task) if base is None else base
+    targets = {name: changes for name, changes in bundled_changes(bundle, task, base).items() if not brought_whole(changes)}
+    return {merged.parameter: merged.stored for merged in merge(base, targets, bundle.path / record.adapter[0].path)}
 
 
 def in_graph_order(bundle: Bundle, task: str, values: Mapping[str, Array]) -> dict[str, Array]:

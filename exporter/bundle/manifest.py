@@ -111,6 +111,11 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labels: tuple[str, ...]
     engines: dict[str, Engine] = {}
 
+    @property
+    def own_weights(self) -> tuple[File, ...]:
+        """The file of the task's own tensors; none where it has none."""
+        return (self.weights,) if self.weights else ()
+
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The base: the fingerprint of the checkpoint, its weights in the graph's layout, and its side files.
@@ -198,7 +203,7 @@ def open_bundle(path: Path) -> Bundle:
 
 def task_files(task: Task) -> Iterator[File]:
     """Every file that belongs to ``task`` alone."""
-    yield from (task.model, *([task.weights] if task.weights else ()), *task.adapter)
+    yield from (task.model, *task.own_weights, *task.adapter)
     yield from (engine.file for engine in task.engines.values() if engine.file is not None)
 
 

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 import engines
 import exporter
+from engines.cli import _arms
+from engines.latency import MERGED
+from exporter.bundle import manifest
 from exporter.bundle.changes import in_graph_order, merged_at_load
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.task import Request, add_task, export_task
 from lora.errors import BundleError
-from lora.tensorfile import Array, TensorFile
+from lora.tensorfile import Array, TensorFile, file_sha256
 
 
 def run(bundle: Path, task: str, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -35,21 +38,12 @@ def assert_equal_bits(one: dict[str, Array], other: dict[str, Array]) -> None:
         np.testing.assert_array_equal(values.view(np.uint8), other[name].view(np.uint8), err_msg=name)
 
 
-@pytest.fixture
-def both(tiny_copy: Path, write_adapter) -> Path:
-    """One adapter twice: as ``dense`` and as ``factors``."""
-    adapter = write_adapter(seed=1)
-    add_task(tiny_copy, adapter, "dense")
-    add_task(tiny_copy, adapter, "factors", store="factors")
-    return tiny_copy
-
-
 # --- The same numbers as a dense task ------------------------------------------------------------------------------
 
 
-def test_outputs_are_those_of_the_dense_task(both: Path, tokens: dict[str, Array]):
-    assert_equal_bits(run(both, "factors", tokens), run(both, "dense", tokens))
-    assert np.abs(run(both, "factors", tokens)["logits"] - run(both, "first", tokens)["logits"]).max() > 0.01
+def test_outputs_are_those_of_the_dense_task(stored_both_ways: Path, tokens: dict[str, Array]):
+    assert_equal_bits(run(stored_both_ways, "factors", tokens), run(stored_both_ways, "dense", tokens))
+    assert np.abs(run(stored_both_ways, "factors", tokens)["logits"] - run(stored_both_ways, "first", tokens)["logits"]).max() > 0.01
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -126,17 +120,17 @@ def test_sessions_of_two_tasks_with_one_graph_keep_their_own_weights(tiny_base: 
     assert min(np.abs(found["last_hidden_state"] - plain).max() for found in dense.values()) > 1e-3
 
 
-def test_a_session_outlives_the_files_it_was_loaded_from(both: Path, tokens: dict[str, Array]):
+def test_a_session_outlives_the_files_it_was_loaded_from(stored_both_ways: Path, tokens: dict[str, Array]):
     """The merged values are the session's own, not a view of the bundle's files."""
-    want = run(both, "dense", tokens)
-    with engines.load(both, "factors", threads=1) as session:
-        shutil.rmtree(both)
+    want = run(stored_both_ways, "dense", tokens)
+    with engines.load(stored_both_ways, "factors", threads=1) as session:
+        shutil.rmtree(stored_both_ways)
         assert_equal_bits(session.run(tokens), want)
 
 
-def test_loading_merges_with_numpy_alone(both: Path):
+def test_loading_merges_with_numpy_alone(stored_both_ways: Path):
     program = "import sys, engines; engines.load(sys.argv[1], 'factors', threads=1); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program, both], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program, stored_both_ways], capture_output=True, text=True, check=True)
     assert {"torch", "transformers", "onnx", "typer", "peft", "rich"}.isdisjoint(done.stdout.split())
 
 
@@ -157,16 +151,35 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "words"), [(flip, "content does not match the manifest's SHA-256"), (Path.unlink, "missing from the bundle")])
 @pytest.mark.parametrize("kind", ["graph", "head", "configuration", "factors", "base"])
-def test_every_file_that_is_merged_is_checked_first(both: Path, kind: str, damage: Callable[[Path], object], words: str):
-    damaged = part(open_bundle(both), kind)
+def test_every_file_that_is_merged_is_checked_first(stored_both_ways: Path, kind: str, damage: Callable[[Path], object], words: str):
+    damaged = part(open_bundle(stored_both_ways), kind)
     damage(damaged)
     with pytest.raises(BundleError) as error:
-        engines.load(both, "factors")
+        engines.load(stored_both_ways, "factors")
     assert str(error.value) == f"{damaged}: {words}; export the task again"
 
 
-def test_a_dense_task_does_not_need_its_adapter(both: Path, tokens: dict[str, Array]):
-    want = run(both, "dense", tokens)
-    for file in open_bundle(both).task("dense").adapter:
-        (both / file.path).unlink()
-    assert_equal_bits(run(both, "dense", tokens), want)
+def test_a_dense_task_does_not_need_its_adapter(stored_both_ways: Path, tokens: dict[str, Array]):
+    want = run(stored_both_ways, "dense", tokens)
+    for file in open_bundle(stored_both_ways).task("dense").adapter:
+        (stored_both_ways / file.path).unlink()
+    assert_equal_bits(run(stored_both_ways, "dense", tokens), want)
+
+
+def test_the_base_as_it_is_has_no_factors_to_merge(tiny_base: Path, tmp_path: Path, tokens: dict[str, Array]):
+    for store in ("dense", "factors"):
+        export_task(Request(tiny_base, None, store, store=store), tmp_path / "bundle")
+    assert_equal_bits(run(tmp_path / "bundle", "factors", tokens), run(tmp_path / "bundle", "dense", tokens))
+
+
+def test_the_merged_arm_of_the_harness_is_merged(stored_both_ways: Path, tokens: dict[str, Array]):
+    arms, _ = _arms(open_bundle(stored_both_ways), "factors", threads=1)
+    with next(arm for arm in arms if arm.name == MERGED).open() as session:
+        assert_equal_bits(session.run(tokens), run(stored_both_ways, "dense", tokens))
+
+
+def test_the_bases_weights_are_hashed_once_a_load(stored_both_ways: Path, monkeypatch: pytest.MonkeyPatch):
+    hashed: list[str] = []
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: hashed.append(path.name) or file_sha256(path))
+    with engines.load(stored_both_ways, "factors", threads=1):
+        assert [name for name in hashed if name.startswith("base-") and name.endswith(".safetensors")] == [hashed[0]]

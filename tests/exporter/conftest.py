@@ -18,6 +18,8 @@ from exporter.bundle.manifest import all_files, open_bundle
 from lora.errors import LorafuseError
 from lora.tensorfile import Array
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for tiny_models
+
 Snapshot = Callable[[Path], dict[str, str]]
 Refuses = Callable[..., AbstractContextManager[None]]
 

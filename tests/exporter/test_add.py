@@ -111,15 +111,6 @@ stride, sees_writes = 3, False
 # --- Stored as factors ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stored_both_ways(tiny_copy: Path, write_adapter) -> Path:
-    """One adapter twice: as ``dense`` and as ``factors``."""
-    adapter = write_adapter(seed=1)
-    add_task(tiny_copy, adapter, "dense")
-    add_task(tiny_copy, adapter, "factors", store="factors")
-    return tiny_copy
-
-
 def test_factors_hold_what_the_adapter_brings_whole_and_no_merged_tensor(stored_both_ways: Path):
     record = open_bundle(stored_both_ways).task("factors")
     assert set(TensorFile(stored_both_ways / record.weights.path)) == {"classifier.weight", "classifier.bias"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,6 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
-
-from exporter.bundle.manifest import Bundle
-from exporter.digest import graph_digest
-from exporter.task import Exported
-from lora.tensorfile import Array
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from tiny_models import (
     ARCHITECTURES,
     SHAPES,
@@ -39,6 +30,11 @@ from tiny_models import (
     save_base,
     worst_differences,
 )
+
+from exporter.bundle.manifest import Bundle
+from exporter.digest import graph_digest
+from exporter.task import Exported
+from lora.tensorfile import Array
 
 # Of the largest output. Two orders of the same float32 sums differ by some 6e-8 an operation: 1.2e-6 is the largest seen. Merged weights that are
 # off by a thousandth show as 1e-3, one element of one bias as 6e-5.

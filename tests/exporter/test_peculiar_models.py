@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ import torch
 import transformers
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from tiny_models import ARCHITECTURES, DECODER, SHAPES, T5, Architecture, call, export, load_base, model_path, open_session, save_base, worst_differences
 
 OWN = [

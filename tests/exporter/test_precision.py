@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,6 @@ import transformers
 from onnx import TensorProto, shape_inference
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
-
-from engines import load
-from exporter.bundle.manifest import Bundle
-from lora.errors import AdapterError, BundleError, EngineError, ExportError
-from lora.tensorfile import Array
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from tiny_models import (
     ARCHITECTURES,
     SHAPES,
@@ -41,6 +32,11 @@ from tiny_models import (
     save_base,
     worst_differences,
 )
+
+from engines import load
+from exporter.bundle.manifest import Bundle
+from lora.errors import AdapterError, BundleError, EngineError, ExportError
+from lora.tensorfile import Array
 
 # Of the largest output: ten roundings of 2⁻¹¹ (float16) or 2⁻⁸ (bfloat16). The largest seen are 2.6e-3 and 2.1e-2.
 BOUNDS = {"float16": 5e-3, "bfloat16": 3e-2}

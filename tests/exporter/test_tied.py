@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,6 @@ import torch
 import transformers
 from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file
-
-from exporter.bundle.manifest import Bundle
-from lora.tensorfile import Array
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from tiny_models import (
     ARCHITECTURES,
     DECODER,
@@ -37,6 +30,9 @@ from tiny_models import (
     unmerged,
     worst_differences,
 )
+
+from exporter.bundle.manifest import Bundle
+from lora.tensorfile import Array
 
 BOUND = 1e-5  # of the largest output, as for untied models
 TIED = dataclasses.replace(ARCHITECTURES["Llama"], config=transformers.LlamaConfig(**DECODER, tie_word_embeddings=True))
