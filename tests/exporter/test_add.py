@@ -17,6 +17,7 @@ from engines.backends import BuildOptions
 from engines.build import build
 from exporter.bundle.changes import merged_at_load
 from exporter.bundle.check import check_bundle
+from exporter.bundle.listing import listing
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.remove import remove_task
 from exporter.task import Request, add_task, export_task
@@ -209,6 +210,14 @@ def test_factors_without_a_head_share_one_graph_that_stock_runtimes_open(headed:
     remove_task(headed, "a")
     assert check_bundle(headed) == []
     assert np.abs(outputs(headed, "b", token_ids()) - plain).max() > 1e-4
+
+
+def test_a_graph_that_several_tasks_share_counts_for_none_of_them(headed: Path, write_adapter):
+    for seed, name in enumerate(("a", "b")):
+        add_task(headed, without_head(write_adapter, name, seed), name, store="factors")
+    manifest = open_bundle(headed).manifest
+    sizes = {task.task: task.size for task in listing(manifest)}
+    assert sizes == {"unadapted": 0} | {name: sum(file.size for file in manifest.tasks[name].adapter) for name in ("a", "b")}
 
 
 def test_labels_for_a_model_without_classes_are_refused(tiny_base: Path, tmp_path: Path):
