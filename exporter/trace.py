@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from exporter.decompose import decomposed_in_place
 from exporter.fold_transposes import Permutation, fold_weight_transposes
 from exporter.optimize import FOLD_LIMIT, optimize
 from exporter.precision import keep_in_float32
@@ -44,7 +45,8 @@ def trace(signature: Signature) -> Trace:
     """
     names = _fill_with_dummies(signature.module)
     signature.module.requires_grad_(False)  # a sixth of the tracing time is spent on gradients that nobody asks for
-    with _quiet(), _uncollected(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):  # with symbolic sizes it costs more than it saves
+    without_cache = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)  # with symbolic sizes it costs more than it saves
+    with _quiet(), _uncollected(), without_cache, decomposed_in_place():
         program = torch.onnx.export(
             signature.module.eval(),
             kwargs={"inputs": signature.inputs},
