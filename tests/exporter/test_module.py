@@ -143,18 +143,20 @@ class Recurrent(nn.Module):
         return self.out(self.gru(self.embed(tokens))[0])
 
 
-def test_a_recurrent_network_is_unrolled_over_a_fixed_length(tmp_path: Path):
+def test_a_recurrent_network_is_onnxs_own_over_any_length(tmp_path: Path):
     wrapped = peft.get_peft_model(Recurrent().eval(), peft.LoraConfig(r=2, target_modules=["embed", "out"], init_lora_weights=False))
     wrapped.save_pretrained(tmp_path / "adapter")
-    bundle = exporter.export(Recurrent(), {"tokens": torch.ones(2, 5, dtype=torch.long)}, tmp_path / "bundle", task="one", adapter=tmp_path / "adapter").bundle
+    axes = {"tokens": {0: "batch", 1: "length"}}
+    tokens = {"tokens": torch.ones(2, 5, dtype=torch.long)}
+    bundle = exporter.export(Recurrent(), tokens, tmp_path / "bundle", task="one", adapter=tmp_path / "adapter", axes=axes).bundle
     assert bundle.graph(bundle.task("one")).weights.keys() == Recurrent().state_dict().keys()
-    assert bundle.graph(bundle.task("one")).outputs[0].shape == ("batch", 5, 3)
-    tokens = torch.arange(15).reshape(3, 5)
-    with torch.no_grad():
-        want = peft.PeftModel.from_pretrained(Recurrent().eval(), tmp_path / "adapter").merge_and_unload()(tokens).numpy()
-    np.testing.assert_allclose(run(bundle, "one", tokens=tokens)[0], want, atol=1e-5 * np.abs(want).max())
-    with pytest.raises(ExportError, match=r"\ARecurrent: torch can't trace this as a MODULE model \([^\n]*static shape of 5[^\n]*\Z"):
-        exporter.export(Recurrent(), {"tokens": torch.ones(2, 5, dtype=torch.long)}, tmp_path / "other", task="one", axes={"tokens": {0: "batch", 1: "length"}})
+    assert bundle.graph(bundle.task("one")).outputs[0].shape == ("batch", "length", 3)
+    merged = peft.PeftModel.from_pretrained(Recurrent().eval(), tmp_path / "adapter").merge_and_unload()
+    for length in (1, 5, 9):
+        other = torch.arange(3 * length).reshape(3, length) % 15
+        with torch.no_grad():
+            want = merged(other).numpy()
+        np.testing.assert_allclose(run(bundle, "one", tokens=other)[0], want, atol=1e-5 * np.abs(want).max())
 
 
 def test_axes_that_are_not_named_are_fixed(tmp_path: Path):
