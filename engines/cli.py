@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exporter.cli import BundlePath
+from engines.latency.cli import app as bench_app
+from exporter.cli import BundlePath, TaskName
 from exporter.cli import app as exporter_app
 from lora.cli import AsJson
 from lora.cli import app as lora_app
-from lora.errors import ExportError, LorafuseError
-from lora.terminal import BAD_INPUT, DONE, NO, UNDECIDED, megabytes, print_error, print_json, print_table, progress
+from lora.errors import LorafuseError
+from lora.terminal import BAD_INPUT, DONE, NO, megabytes, print_error, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from engines.backends import Model
     from exporter.bundle.manifest import Bundle
 
 HELP = """Ship LoRA-tuned models.
@@ -28,8 +28,7 @@ Example: lorafuse export MiniLM adapters/movies --task movies --out bundle"""
 app = typer.Typer(name="lorafuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 app.add_typer(lora_app)
 app.add_typer(exporter_app)
-
-TaskName = Annotated[str, typer.Option(help="Name of the task.")]
+app.add_typer(bench_app, name="bench")
 
 
 class BackendChoice(StrEnum):
@@ -112,59 +111,6 @@ def verify(
 
 
 @app.command()
-def bench(
-    bundle: BundlePath,
-    task: TaskName,
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
-    length: Annotated[int, typer.Option(min=1, help="Sequence length, in tokens.")] = 128,
-    margin: Annotated[float, typer.Option(min=0.0001, help="What counts as equal: 0.01 is 1 %.")] = 0.01,
-    seconds: Annotated[float, typer.Option(min=0, help="Budget; the run ends earlier when the question is decided.")] = 120.0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads. One is steadiest on a machine that does other work.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write a JSON report with every sample.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time base, base again, merged and unmerged, interleaved, and say whether merging cost latency.
-
-    Exit status 0: equivalent within the margin; 1: slower; 2: undecided, or this machine is too noisy.
-
-    Example: lorafuse bench bundle --task movies --seconds 120
-    """
-    from engines.inputs import random_inputs, sizes, takes_tokens
-    from engines.latency import Protocol, measure
-    from exporter.bundle.manifest import open_bundle
-
-    opened = open_bundle(bundle)
-    graph, base = opened.graph(opened.task(task)), opened.manifest.base
-    if takes_tokens(graph) and length > base.longest:
-        raise LorafuseError(f"{bundle}: length {length} is more than the {base.longest} tokens that the base takes")
-    inputs = random_inputs(graph, base.vocabulary, sizes(batch, length), seed=0)
-    arms, left_out = _arms(opened, task, threads)
-    with progress(f"bench {task}") as step:
-        report = measure(arms, inputs, Protocol(budget=seconds, margin=margin), step)
-    content = {
-        **asdict(report),
-        "task": task,
-        "batch": batch,
-        "length": length,
-        "threads": threads,
-        "left_out": left_out,
-        "nanoseconds": report.nanoseconds.tolist(),
-    }
-    if out is not None:
-        _write_report(out, content)
-    if as_json:
-        print_json({name: value for name, value in content.items() if name != "nanoseconds"})
-    else:
-        rows = [(r.arm, f"{r.milliseconds:.3f}", f"{r.ratio.median:.4f}", f"[{r.ratio.low:.4f}, {r.ratio.high:.4f}]", r.decision) for r in report.readings]
-        title = f"{task}: batch {batch}, length {length}, {threads} thread(s), {report.nanoseconds.shape[0]} sets × {report.nanoseconds.shape[1]} rounds"
-        print_table(title, ("arm", "median ms", "ratio to base", "90 % interval", f"at a margin of {margin:.1%}"), rows)
-        if left_out:
-            print(f"no unmerged arm, so no power could be shown: {left_out}")
-        print(f"{report.verdict.upper()}: {report.reason}")
-    raise typer.Exit({"equivalent": DONE, "slower": NO}.get(report.verdict, UNDECIDED))
-
-
-@app.command()
 def run(
     bundle: BundlePath,
     task: TaskName,
@@ -235,28 +181,6 @@ def main() -> None:
     raise SystemExit(status or DONE)
 
 
-def _arms(opened: Bundle, task: str, threads: int) -> tuple[list[Any], str]:
-    """The harness's arms on ONNX Runtime: the same graph on two sets of weights, and the graph with the adapter left in.
-
-    Where the adapter can't be left in (DoRA), that arm is missing, and the second result says why.
-    """
-    from engines.backends import Model, backend
-    from engines.latency import AGAIN, BASE, MERGED, UNMERGED, Arm
-    from engines.runtime import task_model
-    from exporter.arms import unadapted_graph, unmerged_graph
-
-    def arm(name: str, model: Model) -> Arm:
-        return Arm(name, lambda: backend("onnxruntime", threads).load(model, None))
-
-    unadapted = Model(unadapted_graph(opened, task).SerializeToString(), opened.path)
-    models, left_out = {BASE: unadapted, AGAIN: unadapted, MERGED: task_model(opened, task)}, ""
-    try:
-        models[UNMERGED] = Model(unmerged_graph(opened, task).SerializeToString(), opened.path)
-    except ExportError as error:
-        left_out = str(error)
-    return [arm(name, model) for name, model in models.items()], left_out
-
-
 def _verification_inputs(opened: Bundle, task: str, texts: Path | None) -> list[dict[str, Any]]:
     """Batches of real text where the task takes text and the base came with its tokenizer, else random inputs."""
     from engines.inputs import random_inputs, sizes, takes_tokens
@@ -293,12 +217,3 @@ def _check_utf8(texts: list[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise LorafuseError(f"--text {text!r}: can't be read as UTF-8 text ({error.reason})") from error
-
-
-def _write_report(path: Path, content: dict[str, Any]) -> None:
-    import json
-
-    try:
-        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise LorafuseError(f"{path}: can't be written ({error.strerror})") from error

@@ -1,6 +1,6 @@
-"""The two graphs that a merged task is held against: the unadapted model, and the adapter left unmerged.
+"""The graphs that a merged task is held against: the unadapted model, the adapter left unmerged, the weights that switch as inputs.
 
-Both are made of the merged graph by editing it, so that nothing but the named difference can differ.
+All are made of the merged graph by editing it, so that nothing but the named difference can differ.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from exporter.bundle.changes import bundled_changes
+from exporter.bundle.changes import bundled_changes, in_graph_order, merged_at_load, own_stored
 from exporter.bundle.manifest import Bundle
 from exporter.external import load_graph, pointed
 from lora.adapter import Change, LowRank, Replacement
 from lora.errors import ExportError
-from lora.tensorfile import TensorFile
+from lora.tensorfile import Array, TensorFile
 
 # Where a merged weight is read: y = x · W, with the weight as the second input (Gemm: not transposed again).
 READERS = ("MatMul", "Gemm")
@@ -30,6 +30,15 @@ def unadapted_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
     record = bundle.task(task)
     files = [TensorFile(bundle.checked(file)) for file in (*record.own_weights, *bundle.manifest.base.weights)]
     return pointed(merged_graph(bundle, task), bundle.graph(record).weights, files)
+
+
+def switchable_graph(bundle: Bundle, task: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """The unadapted graph with what the task changes as inputs instead of weights, and the task's values for them: a resident engine's form."""
+    graph, values = unadapted_graph(bundle, task), in_graph_order(bundle, task, {**own_stored(bundle, task), **merged_at_load(bundle, task)})
+    for tensor in [tensor for tensor in graph.graph.initializer if tensor.name in values]:
+        graph.graph.initializer.remove(tensor)
+        graph.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return graph, values
 
 
 def unmerged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:

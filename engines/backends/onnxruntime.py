@@ -72,17 +72,20 @@ class OnnxRuntimeSession:
         self._outputs = [value.name for value in session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Check the inputs, run, and name the outputs."""
-        if inputs.keys() != self._inputs.keys():
-            raise EngineError(f"inputs {sorted(inputs)} given; this engine takes exactly {sorted(self._inputs)}")
-        for name, values in inputs.items():
-            dtype, rank = self._inputs[name]
-            if values.dtype != dtype or values.ndim != rank:
-                raise EngineError(f"input '{name}' is {values.dtype} of rank {values.ndim}; expected {dtype} of rank {rank}")
+        """Run, and name the outputs. Inputs are looked at only when ONNX Runtime has refused them: a model sweeps the cache, and each step here costs."""
         try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+            return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
         except Exception as error:  # as above
-            raise EngineError(f"ONNX Runtime can't run these inputs ({_first_line(error)})") from error
+            raise self._refusal(inputs, error) from error
+
+    def _refusal(self, inputs: Mapping[str, Array], error: Exception) -> EngineError:
+        if inputs.keys() != self._inputs.keys():
+            return EngineError(f"inputs {sorted(inputs)} given; this engine takes exactly {sorted(self._inputs)}")
+        for name, (dtype, rank) in self._inputs.items():
+            values = inputs[name]
+            if values.dtype != dtype or values.ndim != rank:
+                return EngineError(f"input '{name}' is {values.dtype} of rank {values.ndim}; expected {dtype} of rank {rank}")
+        return EngineError(f"ONNX Runtime can't run these inputs ({_first_line(error)})")
 
     def __enter__(self) -> Self:
         return self

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from engines.cli import _arms
-from engines.equivalence import Ratio
-from engines.inputs import random_inputs
-from engines.latency import AGAIN, BASE, LEAST_SETS, MERGED, UNMERGED, WARMUP, Arm, Protocol, Reading, Report, judge, measure
+import engines.latency.harness
+from engines.backends import Session
+from engines.latency.arms import arms_of
+from engines.latency.harness import LEAST_ROUNDS, MOST_ROUNDS, WARMUP, Arm, Protocol, measure
+from engines.latency.loads import work_of
+from engines.latency.report import Load, Point
+from engines.latency.sequential import FIRST_LOOK
+from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 from exporter.bundle.manifest import Bundle, Graph
 from lora.tensorfile import Array
 
 NAMES = (BASE, AGAIN, MERGED, UNMERGED)
 SHORT = Protocol(rounds=4, budget=0)
+LOAD = Load(1, 8)
+
+
+def run(session: Session) -> object:
+    return session.run({})
 
 
 @dataclass
@@ -63,7 +68,7 @@ def waiting_arms(events: list[tuple[str, str]], **seconds: float) -> list[Arm]:
 def events() -> list[tuple[str, str]]:
     """What a short measurement does with its sessions, in order."""
     kept: list[tuple[str, str]] = []
-    measure(waiting_arms(kept), {}, SHORT)
+    measure(waiting_arms(kept), LOAD, run, SHORT)
     return kept
 
 
@@ -81,20 +86,20 @@ def timed_rounds(events: list[tuple[str, str]]) -> list[tuple[str, ...]]:
 
 def test_every_arm_runs_once_a_round(events: list[tuple[str, str]]):
     rounds = timed_rounds(events)
-    assert len(rounds) == SHORT.rounds * LEAST_SETS
+    assert len(rounds) == SHORT.rounds * FIRST_LOOK
     assert {tuple(sorted(names)) for names in rounds} == {tuple(sorted(NAMES))}
 
 
 def test_order_of_the_arms_differs_between_rounds_and_sets(events: list[tuple[str, str]]):
     rounds = timed_rounds(events)
     assert len(set(rounds)) > SHORT.rounds  # of 24 orders, 24 draws
-    assert len({tuple(rounds[start : start + SHORT.rounds]) for start in range(0, len(rounds), SHORT.rounds)}) == LEAST_SETS
+    assert len({tuple(rounds[start : start + SHORT.rounds]) for start in range(0, len(rounds), SHORT.rounds)}) == FIRST_LOOK
 
 
 def test_order_of_the_arms_follows_the_seed(events: list[tuple[str, str]]):
     same, other = [], []
-    measure(waiting_arms(same), {}, SHORT)
-    measure(waiting_arms(other), {}, replace(SHORT, seed=1))
+    measure(waiting_arms(same), LOAD, run, SHORT)
+    measure(waiting_arms(other), LOAD, run, replace(SHORT, seed=1))
     assert timed_rounds(same) == timed_rounds(events) != timed_rounds(other)
 
 
@@ -104,9 +109,17 @@ def test_every_arm_is_warmed_up_before_any_is_timed(events: list[tuple[str, str]
         assert {name: runs[: WARMUP * len(NAMES)].count(name) for name in NAMES} == dict.fromkeys(NAMES, WARMUP)
 
 
+def test_slow_engines_are_warmed_up_once():
+    kept: list[tuple[str, str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines.latency.harness, "WARM_SECONDS", 1e-9)
+        measure(waiting_arms(kept), LOAD, run, SHORT)
+    assert kept.count(("run", BASE)) == FIRST_LOOK * (1 + SHORT.rounds)
+
+
 def test_order_of_creation_alternates_between_sets(events: list[tuple[str, str]]):
     opened = [tuple(name for what, name in one if what == "open") for one in sets_of(events)]
-    assert opened == [NAMES, NAMES[::-1]] * (LEAST_SETS // 2)
+    assert opened == [NAMES, NAMES[::-1]] * (FIRST_LOOK // 2)
 
 
 def test_sessions_of_a_set_live_together_and_are_closed_before_the_next(events: list[tuple[str, str]]):
@@ -116,7 +129,7 @@ def test_sessions_of_a_set_live_together_and_are_closed_before_the_next(events: 
 
 
 def test_least_number_of_sets_is_measured_on_no_budget(events: list[tuple[str, str]]):
-    assert len(sets_of(events)) == LEAST_SETS
+    assert len(sets_of(events)) == FIRST_LOOK
 
 
 def test_undecided_run_goes_on_while_there_is_budget():
@@ -124,16 +137,16 @@ def test_undecided_run_goes_on_while_there_is_budget():
     kept: list[tuple[str, str]] = []
 
     def stop(step: str) -> None:
-        if sum(what == "open" for what, _ in kept) == 4 * (LEAST_SETS + 3):
+        if sum(what == "open" for what, _ in kept) == 4 * (FIRST_LOOK + 3):
             raise StopError(step)
 
-    with pytest.raises(StopError, match=f"^{LEAST_SETS + 3} sets of sessions, .* of 3600 s"):
-        measure(waiting_arms(kept, base_again=2e-4), {}, Protocol(rounds=2, budget=3600), stop)
+    with pytest.raises(StopError, match=f"^batch 1, length 8: set {FIRST_LOOK + 4} of sessions, .* of 3600 s"):
+        measure(waiting_arms(kept, base_again=2e-4), LOAD, run, Protocol(rounds=2, budget=3600), stop)
 
 
-def waited(**seconds: float) -> Report:
+def waited(**seconds: float) -> Point:
     everyone = dict.fromkeys((name.replace(" ", "_") for name in NAMES), 1e-3)
-    return measure(waiting_arms([], **{**everyone, **seconds}), {}, Protocol(budget=20, margin=0.05))
+    return measure(waiting_arms([], **{**everyone, **seconds}), LOAD, run, Protocol(budget=20, margin=0.05))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +163,7 @@ def test_planted_difference_of_thirty_per_cent_is_found_where_it_is(slow: dict[s
 
 
 def test_null_control_that_is_slower_silences_the_verdict():
-    report = measure(waiting_arms([], base=2e-4, base_again=3e-4, merged=2e-4), {}, Protocol(budget=0, margin=0.05))
+    report = measure(waiting_arms([], base=2e-4, base_again=3e-4, merged=2e-4), LOAD, run, Protocol(budget=0, margin=0.05))
     assert (report.verdict, report.reason) == ("undecided", "this machine is too noisy: the base against itself is not within 5.0%")
 
 
@@ -170,48 +183,19 @@ class Watched(Waiting):
 
 def test_collector_is_off_while_rounds_are_timed_and_on_again_after():
     collecting: list[bool] = []
-    measure([Arm(name, lambda name=name: Watched(name, collecting=collecting)) for name in NAMES], {}, SHORT)
-    assert collecting == ([True] * (4 * WARMUP) + [False] * (4 * SHORT.rounds)) * LEAST_SETS
+    measure([Arm(name, lambda name=name: Watched(name, collecting=collecting)) for name in NAMES], LOAD, run, SHORT)
+    assert collecting == ([True] * (4 * WARMUP) + [False] * (4 * SHORT.rounds)) * FIRST_LOOK
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize("run", [1, WARMUP, WARMUP + 1, WARMUP + SHORT.rounds])
-def test_session_that_raises_leaves_the_collector_on_and_every_session_closed(run: int):
+@pytest.mark.parametrize("number", [1, WARMUP, WARMUP + 1, WARMUP + SHORT.rounds])
+def test_session_that_raises_leaves_the_collector_on_and_every_session_closed(number: int):
     kept: list[tuple[str, str]] = []
-    arms = [*waiting_arms(kept)[:3], Arm(UNMERGED, lambda: Watched(UNMERGED, kept, fails_at=run))]
+    arms = [*waiting_arms(kept)[:3], Arm(UNMERGED, lambda: Watched(UNMERGED, kept, fails_at=number))]
     with pytest.raises(StopError):
-        measure(arms, {}, SHORT)
+        measure(arms, LOAD, run, SHORT)
     assert gc.isenabled()
     assert sorted(name for what, name in kept if what == "close") == sorted(NAMES)
-
-
-def readings(again: str, merged: str, unmerged: str | None) -> dict[str, Reading]:
-    decisions = {BASE: "equivalent", AGAIN: again, MERGED: merged, UNMERGED: unmerged}
-    return {name: Reading(name, 1.0, Ratio(1, 1, 1), decision) for name, decision in decisions.items() if decision is not None}
-
-
-@pytest.mark.parametrize(
-    ("again", "merged", "unmerged"), list(itertools.product(["slower", "inconclusive"], ["equivalent", "slower", "inconclusive"], ["slower", None]))
-)
-def test_noisy_null_control_leaves_it_undecided_whatever_merged_says(again: str, merged: str, unmerged: str | None):
-    verdict, reason = judge(readings(again, merged, unmerged), 0.01)
-    assert verdict == "undecided"
-    assert reason == "this machine is too noisy: the base against itself is not within 1.0%"
-
-
-@pytest.mark.parametrize("merged", ["equivalent", "slower"])
-@pytest.mark.parametrize(("unmerged", "powerless"), [("slower", False), (None, False), ("equivalent", True), ("inconclusive", True)])
-def test_decided_merged_arm_is_the_verdict_and_missing_power_is_said(merged: str, unmerged: str | None, powerless: bool):
-    verdict, reason = judge(readings("equivalent", merged, unmerged), 0.01)
-    assert verdict == merged
-    assert ("no power shown" in reason) == powerless
-
-
-@pytest.mark.parametrize("unmerged", ["slower", "equivalent", "inconclusive", None])
-def test_inconclusive_merged_arm_is_undecided_and_asks_for_a_larger_budget(unmerged: str | None):
-    verdict, reason = judge(readings("equivalent", "inconclusive", unmerged), 0.01)
-    assert verdict == "undecided"
-    assert "give it a larger budget" in reason
 
 
 @pytest.fixture
@@ -219,50 +203,58 @@ def graph(tiny_bundle: Bundle) -> Graph:
     return tiny_bundle.graph(tiny_bundle.task("first"))
 
 
-def test_report_of_real_engines_holds_every_sample(tiny_bundle: Bundle, graph: Graph):
-    inputs = random_inputs(graph, tiny_bundle.manifest.base.vocabulary, {"batch": 1, "sequence": 8}, seed=0)
-    report = measure(_arms(tiny_bundle, "first", threads=1)[0], inputs, SHORT)
-    assert report.arms == NAMES == tuple(reading.arm for reading in report.readings)
-    assert report.nanoseconds.shape == (LEAST_SETS, SHORT.rounds, len(NAMES))
-    assert (report.nanoseconds > 0).all()
-    assert [reading.milliseconds for reading in report.readings] == list(np.median(report.nanoseconds, axis=(0, 1)) / 1e6)
-    assert report.readings[0].ratio == Ratio(1, 1, 1)
-    assert all(reading.ratio.low <= reading.ratio.median <= reading.ratio.high for reading in report.readings)
-    assert {"processor", "cores", "load before", "load after"} <= report.environment.keys()
+def test_point_of_real_engines_holds_every_sample(tiny_bundle: Bundle, graph: Graph):
+    point = measure(arms_of(tiny_bundle, "first", threads=1).arms, LOAD, work_of(graph, tiny_bundle.manifest.base.vocabulary, LOAD), SHORT)
+    runs = np.array(point.samples.runs)
+    assert tuple(reading.arm for reading in point.readings) == NAMES
+    assert runs.shape == (FIRST_LOOK, SHORT.rounds, len(NAMES))
+    assert np.array(point.samples.opening).shape == np.array(point.samples.first).shape == (FIRST_LOOK, len(NAMES))
+    assert min(runs.min(), np.min(point.samples.opening), np.min(point.samples.first)) > 0
+    assert [reading.p50 for reading in point.readings] == list(np.median(runs, axis=(0, 1)) / 1e6)
+    assert all(reading.ratio.low <= reading.ratio.median <= reading.ratio.high for reading in point.readings)
+
+
+def test_opening_a_session_and_its_first_run_are_timed_apart():
+    @dataclass
+    class Slow(Waiting):
+        """Takes 20 ms to open, and 10 ms for its first run."""
+
+        def __post_init__(self) -> None:
+            time.sleep(0.02)
+
+        def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            self.seconds = 0 if ("run", self.name) in self.events else 0.01
+            return super().run(inputs)
+
+    arms = [*waiting_arms([])[:3], Arm(UNMERGED, lambda: Slow(UNMERGED, []))]
+    slow = measure(arms, LOAD, run, SHORT).reading(UNMERGED)
+    assert 20 <= slow.opening < 200
+    assert slow.p50 < 5 <= 10 <= slow.first < 100
+
+
+@pytest.mark.parametrize(("seconds", "budget", "rounds"), [(0, 1e9, MOST_ROUNDS), (2e-4, 0, LEAST_ROUNDS), (1e-3, 2.4, (3, 8))])
+def test_a_set_has_rounds_for_a_share_of_the_budget(seconds: float, budget: float, rounds: Any):
+    """48 sets in 2.4 s are 50 ms each: 12 rounds of 4 ms, of which five have gone into warming up."""
+
+    kept: list[tuple[str, str]] = []
+
+    def stop(step: str) -> None:
+        if kept:
+            raise StopError(step)
+
+    with pytest.raises(StopError):
+        measure(waiting_arms(kept, **dict.fromkeys((name.replace(" ", "_") for name in NAMES), seconds)), LOAD, run, Protocol(budget=budget), stop)
+    measured = sum(what == "run" for what, _ in kept) / len(NAMES) - WARMUP
+    assert measured == rounds if isinstance(rounds, int) else rounds[0] <= measured <= rounds[1]
 
 
 def test_command_lines_arms_compute_what_their_names_say(tiny_bundle: Bundle, tokens: dict[str, Array]):
     """A wrong arm would be timed just as well, and the verdict would be on something else."""
     outputs = {}
-    for arm in _arms(tiny_bundle, "first", threads=1)[0]:
+    for arm in arms_of(tiny_bundle, "first", threads=1, extras=["resident"]).arms:
         with arm.open() as session:
             outputs[arm.name] = session.run(tokens)["logits"]
     np.testing.assert_array_equal(outputs[AGAIN], outputs[BASE])
     np.testing.assert_allclose(outputs[UNMERGED], outputs[MERGED], atol=1e-5)
+    np.testing.assert_array_equal(outputs["resident"], outputs[MERGED])
     assert np.abs(outputs[MERGED] - outputs[BASE]).max() > 1e-3
-
-
-@given(vocabulary=st.integers(1, 50_000), batch=st.integers(1, 8), sequence=st.integers(1, 64), seed=st.integers(0, 2**32 - 1))
-def test_random_inputs_have_the_graphs_dtypes_and_the_sizes_asked_for(tiny_bundle: Bundle, vocabulary: int, batch: int, sequence: int, seed: int):
-    graph = tiny_bundle.graph(tiny_bundle.task("first"))
-    inputs = random_inputs(graph, vocabulary, {"batch": batch, "sequence": sequence}, seed)
-    assert {name: (values.dtype.name, values.shape) for name, values in inputs.items()} == dict.fromkeys(
-        ("input_ids", "attention_mask", "token_type_ids"), ("int64", (batch, sequence))
-    )
-    assert (inputs["attention_mask"] == 1).all()
-    assert (inputs["token_type_ids"] == 0).all()
-
-
-@pytest.mark.parametrize("vocabulary", [1, 3, 100])
-def test_random_ids_are_drawn_from_the_whole_vocabulary(graph: Graph, vocabulary: int):
-    ids = random_inputs(graph, vocabulary, {"batch": 64, "sequence": 64}, seed=0)["input_ids"]
-    assert set(np.unique(ids)) == set(range(vocabulary))
-
-
-def test_random_inputs_follow_the_seed_and_the_ports(graph: Graph):
-    narrow = msgspec.structs.replace(graph.inputs[0], dtype="int32", shape=(3, "sequence"))
-    changed = msgspec.structs.replace(graph, inputs=(narrow,))
-    one, same, other = (random_inputs(changed, 1000, {"sequence": 9}, seed)["input_ids"] for seed in (0, 0, 1))
-    assert (one.dtype, one.shape) == (np.dtype(np.int32), (3, 9))
-    np.testing.assert_array_equal(one, same)
-    assert (one != other).any()

@@ -1,0 +1,26 @@
+"""The report as Markdown: for a pull request's comment."""
+
+from __future__ import annotations
+
+from engines.latency.report import Point, Report
+
+
+def markdown(report: Report) -> str:
+    """A heading with the verdict, and a table for each load."""
+    return "\n".join(
+        [f"## {report.verdict.capitalize()}: latency of {_plain(report.subject)}, at a margin of {report.margin:.3g}", *map(_section, report.points)]
+    )
+
+
+def _section(point: Point) -> str:
+    rows = [
+        f"| {_plain(r.arm)} | {r.p50:.3f} | {r.p90:.3f} | {r.ratio.median:.4f} | [{r.ratio.low:.4f}, {r.ratio.high:.4f}] | {r.decision} |"
+        for r in point.readings
+    ]
+    head = ["| arm | p50 ms | p90 ms | ratio to base | interval | |", "|---|---|---|---|---|---|"]
+    return "\n".join(["", f"**{point.load}**: {point.verdict}; {point.reason}", "", *head, *rows, ""])
+
+
+def _plain(name: str) -> str:
+    """Without what Markdown or HTML would take for its own."""
+    return name.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "'").replace("\n", " ")

@@ -1,0 +1,197 @@
+"""An engine under traffic: sessions that take a chosen time, so that what clients must see is known."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.backends import Session
+from engines.latency.harness import WARMUP, Arm
+from engines.latency.service import MOST_REQUESTS, SLICES, Service, Traffic, _slice, poisson, serve
+from lora.errors import EngineError
+from lora.tensorfile import Array
+
+
+@dataclass
+class Sleeping:
+    """A session whose every run sleeps; the run numbered in ``stalls`` takes that long instead. It counts runs, from many threads."""
+
+    seconds: float = 0.0
+    stalls: Mapping[int, float] = field(default_factory=dict)
+    fails_at: int | None = None
+    runs: int = 0
+    closed: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        with self.lock:
+            number = self.runs
+            self.runs += 1
+        if number == self.fails_at:
+            raise EngineError("the engine broke")
+        seconds = self.stalls.get(number, self.seconds)
+        if seconds:
+            time.sleep(seconds)
+        return {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.closed = True
+
+
+def run(session: Session) -> object:
+    return session.run({})
+
+
+def served(session: Sleeping, traffic: Traffic) -> Service:
+    (service,) = serve([Arm("base", lambda: session)], run, traffic)
+    return service
+
+
+def times_of(session: Sleeping, traffic: Traffic) -> Array:
+    """The times in s of one slice."""
+    return _slice(session, run, traffic, 0)[0]
+
+
+def test_waiting_clients_ask_as_often_as_they_are_answered():
+    """Sleeping takes longer than asked for on a busy machine, never less: 25 requests of 20 ms in half a second at most, and one more a slice."""
+    service = served(Sleeping(0.02), Traffic(None, 1, 0.5))
+    assert 5 <= service.requests <= 25 + SLICES
+    assert service.percentiles["p50"] >= 20
+    assert service.rate <= 50
+    assert list(service.percentiles) == ["p50", "p90", "p99", "p99.9"]
+    assert list(service.percentiles.values()) == sorted(service.percentiles.values())
+
+
+def test_more_clients_are_answered_side_by_side():
+    one, four = (served(Sleeping(0.02), Traffic(None, workers, 0.5)) for workers in (1, 4))
+    assert one.requests * 1.5 < four.requests <= 4 * (25 + SLICES)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_request_longer_than_the_time_is_answered_once_a_client_and_slice(workers: int):
+    session = Sleeping(0.03)
+    service = served(session, Traffic(None, workers, 0.004))
+    assert service.requests == workers * SLICES == session.runs - WARMUP
+    assert service.rate < workers / 0.03
+
+
+def late(times: Array) -> int:
+    """Requests that took longer than half of what a stall of 200 ms makes those take that come in its midst."""
+    return int((times > 0.1).sum())
+
+
+def test_a_stall_is_seen_by_one_waiting_client_and_by_everyone_who_comes_meanwhile():
+    """200 ms at 100 requests a second meet 20 of them, of which half wait for longer than 100 ms (a Poisson number: 10 ± 3)."""
+    assert late(times_of(Sleeping(0.001, {5: 0.2}), Traffic(None, 1, 2.0))) >= 1
+    closed = times_of(Sleeping(0.001, {5: 0.2}), Traffic(None, 1, 2.0))
+    assert closed.max() >= 0.2
+    assert np.sort(closed)[-2] < closed.max()
+    opened = times_of(Sleeping(0, {5: 0.2}), Traffic(100, 1, 4.0))
+    assert opened.max() >= 0.2
+    assert late(opened) >= 4
+
+
+def test_times_count_from_arrival_whoever_was_busy_then():
+    """The first run stalls: whoever arrives meanwhile is answered after it, by as much later as it came before the stall's end."""
+    traffic = Traffic(100, 1, 0.8, seed=3)
+    arrivals = poisson(100, 0.8 / SLICES, np.random.default_rng((3, 0)))
+    times = times_of(Sleeping(0, {0: 0.5}), traffic)
+    assert len(times) == len(arrivals) > 5
+    assert (arrivals + times >= arrivals[0] + 0.5).all()
+
+
+def test_at_more_than_it_can_answer_times_grow_without_end():
+    """Five times as much as a session of 10 ms can answer: each later tenth of the requests waits for longer."""
+    times = times_of(Sleeping(0.01), Traffic(500, 1, 0.8))
+    tenths = [part.mean() for part in np.array_split(times, 10)]
+    assert len(times) > 50
+    assert tenths == sorted(tenths)
+    assert tenths[-1] > 0.3
+
+
+def test_the_rate_of_answers_is_no_more_than_the_engine_can_give():
+    assert served(Sleeping(0.01), Traffic(500, 1, 0.4)).rate <= 100
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_every_arrival_is_answered_once_by_one_of_the_workers(workers: int):
+    traffic, session = Traffic(300, workers, 0.8, seed=1), Sleeping(0.001)
+    expected = sum(len(poisson(300, 0.8 / SLICES, np.random.default_rng((1, turn)))) for turn in range(SLICES))
+    assert served(session, traffic).requests == expected == session.runs - WARMUP
+
+
+def test_workers_answer_at_the_same_time():
+    """A stall of one leaves the others at work."""
+    few, many = (late(times_of(Sleeping(0, {3: 0.4}), Traffic(100, workers, 4.0))) for workers in (8, 1))
+    assert few < many
+
+
+def test_no_request_is_answered_before_it_arrives():
+    session, traffic = Sleeping(), Traffic(50, 4, 1.6, seed=2)
+    times, seconds = _slice(session, run, traffic, 0)
+    assert times.min() > 0
+    assert seconds >= poisson(50, 0.4, np.random.default_rng((2, 0)))[-1]
+
+
+def test_every_arm_is_under_the_same_traffic_in_turns():
+    steps: list[str] = []
+    base, merged = Sleeping(), Sleeping()
+    services = serve([Arm("base", lambda: base), Arm("merged", lambda: merged)], run, Traffic(100, 2, 0.4), steps.append)
+    assert [service.arm for service in services] == ["base", "merged"]
+    assert services[0].requests == services[1].requests == base.runs - WARMUP == merged.runs - WARMUP
+    assert steps == [f"{arm}, {turn} of {SLICES}" for turn in range(1, SLICES + 1) for arm in ("base", "merged")]
+    assert base.closed
+    assert merged.closed
+
+
+@pytest.mark.parametrize("rate", [None, 200.0])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_a_worker_raises_surfaces_and_closes_every_session(rate: float | None, workers: int):
+    session, other = Sleeping(0.001, fails_at=WARMUP + 3), Sleeping(0.001)
+    with pytest.raises(EngineError, match="^the engine broke$"):
+        serve([Arm("base", lambda: other), Arm("merged", lambda: session)], run, Traffic(rate, workers, 0.4))
+    assert session.closed
+    assert other.closed
+
+
+def test_more_requests_than_times_can_be_kept_of_are_refused_before_anything_is_opened():
+    def fail() -> Session:
+        raise AssertionError
+
+    with pytest.raises(EngineError, match=r"^1e\+06 requests a second for 1e\+06 s are more than 10,000,000; choose a lower rate or fewer seconds$"):
+        serve([Arm("base", fail)], run, Traffic(1e6, 1, 1e6))
+    assert len(poisson(1e6, MOST_REQUESTS / 1e6, np.random.default_rng(0))) == pytest.approx(MOST_REQUESTS, rel=0.01)
+
+
+def test_requests_come_independently_at_the_rate():
+    """The gaps of a Poisson process: exponential, with a spread as large as their mean."""
+    arrivals = poisson(40, 2000, np.random.default_rng(0))
+    gaps = np.diff(arrivals, prepend=0)
+    assert len(arrivals) == pytest.approx(80_000, rel=0.02)  # 5.6 standard deviations
+    assert gaps.mean() == pytest.approx(1 / 40, rel=0.02)
+    assert gaps.std() == pytest.approx(1 / 40, rel=0.03)
+    assert abs(np.corrcoef(gaps[1:], gaps[:-1])[0, 1]) < 0.02
+
+
+@settings(max_examples=60, deadline=None)
+@given(rate=st.floats(1e-3, 1e3), seconds=st.floats(1e-3, 10), seed=st.integers(0, 2**31))
+def test_at_least_one_request_comes_and_none_later_than_asked_for(rate: float, seconds: float, seed: int):
+    draw: Callable[[int], Array] = lambda seed: poisson(rate, seconds, np.random.default_rng(seed))  # noqa: E731
+    arrivals = draw(seed)
+    assert len(arrivals) >= 1
+    assert (np.diff(arrivals) >= 0).all()
+    assert len(arrivals) == 1 or arrivals[-1] < seconds
+    np.testing.assert_array_equal(arrivals, draw(seed))
+    assert draw(seed + 1)[0] != arrivals[0]
