@@ -7,7 +7,6 @@ names, shapes and axis orders are kept of it.
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from exporter.fold_transposes import Permutation, fold_weight_transposes
 from exporter.optimize import FOLD_LIMIT, optimize
 from exporter.precision import keep_in_float32
 from exporter.signature import Signature
+from lora.collector import uncollected
 
 MODEL = "model."  # where a signature's module keeps the model
 
@@ -46,7 +46,8 @@ def trace(signature: Signature) -> Trace:
     names = _fill_with_dummies(signature.module)
     signature.module.requires_grad_(False)  # a sixth of the tracing time is spent on gradients that nobody asks for
     without_cache = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)  # with symbolic sizes it costs more than it saves
-    with _quiet(), _uncollected(), without_cache, decomposed_in_place():
+    # Tracing makes millions of objects that stay; looking for garbage among them takes a tenth of its time.
+    with _quiet(), uncollected(), without_cache, decomposed_in_place():
         program = torch.onnx.export(
             signature.module.eval(),
             kwargs={"inputs": signature.inputs},
@@ -118,18 +119,6 @@ def _forget_origins(model: ir.Model) -> None:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Tracing makes millions of objects that stay; looking for garbage among them takes a tenth of its time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ import torch
 from demo_tasks import ROOT, TASKS, Example, Task, held_out
 from packaged_files import minilm
 
+from engines.latency.report import Report, read_report
 from engines.stages import runners
 from engines.text import TextEncoder
 from exporter.bundle.manifest import Bundle, open_bundle
@@ -88,13 +89,13 @@ def demonstrate(task: Task, seconds: float) -> tuple[tuple[str, ...], bool]:
     evaluation = evaluate(open_bundle(BUNDLE), task, examples)
     report = OUT / f"{task.name}.latency.json"
     lorafuse("bench", BUNDLE, "--task", task.name, "--seconds", str(seconds), "--out", report)
-    row = table_row(task, evaluation, sum(added.values()), added["base weights"], json.loads(report.read_text()))
+    row = table_row(task, evaluation, sum(added.values()), added["base weights"], read_report(report))
     return row, verified and evaluation.differing_predictions == 0 and evaluation.worst_difference <= CLOSE
 
 
-def table_row(task: Task, evaluation: Evaluation, added: int, of_base: int, report: dict[str, Any]) -> tuple[str, ...]:
+def table_row(task: Task, evaluation: Evaluation, added: int, of_base: int, report: Report) -> tuple[str, ...]:
     probe = json.loads((task.adapter.parent.parent / "training_record.json").read_text())[task.name]["linear_probe"]
-    merged = next(reading for reading in report["readings"] if reading["arm"] == "merged")["ratio"]
+    merged = report.points[0].reading("merged").ratio
     return (
         task.name,
         str(evaluation.examples),
@@ -105,7 +106,7 @@ def table_row(task: Task, evaluation: Evaluation, added: int, of_base: int, repo
         f"{evaluation.worst_difference:.1e}",
         megabytes(sum(path.stat().st_size for path in task.adapter.iterdir())),
         megabytes(added - of_base) + (f" + base {megabytes(of_base)}" if of_base else ""),
-        f"{report['verdict']}: {merged['median']:.4f} [{merged['low']:.4f}, {merged['high']:.4f}]",
+        f"{report.verdict}: {merged.median:.4f} [{merged.low:.4f}, {merged.high:.4f}]",
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engines.backends import AxisRange, BuildOptions, Model, NoDeviceError, Plan, Progress, Session
+from lora.collector import uncollected
 from lora.errors import EngineError
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -41,6 +42,16 @@ class TensorRT:
         """Build the plan with one optimization profile over the model's dynamic axes."""
         if model.values:
             raise EngineError(f"{model.folder}: the task is stored as factors, but an engine holds dense weights; export the task with --store dense")
+        # TensorRT logs while it holds a lock. Were the collector to run in that moment, it might destroy a former build's objects, which wait for the lock.
+        with uncollected():
+            return self._build(model, options, progress)
+
+    def load(self, model: Model, plan: Path | None) -> Session:
+        """Ask for a device first, so that a machine without one gets its own answer."""
+        require_cuda_device()
+        raise EngineError(f"{plan}: running TensorRT engines from here is not supported yet; the plan can be run with TensorRT's own tools")
+
+    def _build(self, model: Model, options: BuildOptions, progress: Progress) -> Plan:
         log = _log(self._trt)
         builder = self._trt.Builder(log)
         flags = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -55,11 +66,6 @@ class TensorRT:
         if plan is None:
             raise log.error("the builder returned no engine")
         return Plan(bytes(plan), target)
-
-    def load(self, model: Model, plan: Path | None) -> Session:
-        """Ask for a device first, so that a machine without one gets its own answer."""
-        require_cuda_device()
-        raise EngineError(f"{plan}: running TensorRT engines from here is not supported yet; the plan can be run with TensorRT's own tools")
 
     def _parse(self, network: Any, model: Model, log: Any) -> None:
         parser = self._trt.OnnxParser(network, log)

@@ -105,8 +105,8 @@ def verdict(
     loads = loads_of(opened, task, batch, length, tokens)
     with progress(f"bench {task}") as step:
         arms = arms_of(opened, task, threads, [choice.value for choice in extra or []], _brought(arm or []))
-        report = run(opened, task, arms, loads, Protocol(seconds, margin if gate is None else gate, seed), threads, step)
-    _write(report, out, html, markdown)
+        for report in run(opened, task, arms, loads, Protocol(seconds, margin if gate is None else gate, seed), threads, step):
+            _write(report, out, html, markdown)
     if as_json:
         print_json(_without_samples(report))
     elif gate is not None:
@@ -144,13 +144,13 @@ def _write(report: Report, out: Path | None, html: Path | None, markdown: Path |
 
 
 def _print(report: Report) -> None:
+    columns = ("arm", "median ms", "p90 ms", "rows/s", "opening ms", "first ms", "ratio to base", f"at {report.margin:.3g}")
     for point in report.points:
         rows = [
-            (r.arm, f"{r.p50:.3f}", f"{r.p90:.3f}", f"{r.ratio.median:.4f}", f"[{r.ratio.low:.4f}, {r.ratio.high:.4f}]", r.decision) for r in point.readings
+            (r.arm, f"{r.p50:.3f}", f"{r.p90:.3f}", f"{r.rate:.1f}", f"{r.opening:.0f}", f"{r.first:.2f}", _interval(r.ratio), r.decision)
+            for r in point.readings
         ]
-        sets = f"{len(point.samples.runs)} sets × {len(point.samples.runs[0])} rounds"
-        columns = ("arm", "median ms", "p90 ms", "ratio to base", "interval", f"at a margin of {report.margin:.1%}")
-        print_table(f"{report.subject}: {point.load}, {sets}", columns, rows)
+        print_table(f"{report.subject}: {point.load}, {len(point.samples.runs)} sets × {len(point.samples.runs[0])} rounds", columns, rows)
         print(f"{point.verdict.upper()}: {point.reason}")
     for name, reason in report.left_out.items():
         print(f"no arm '{name}': {reason}")

@@ -14,6 +14,7 @@ from engines.backends import Progress, Session
 from engines.latency.report import Load, Point, Samples
 from engines.latency.sequential import until_decided
 from engines.latency.verdict import judged
+from lora.collector import uncollected
 
 Work = Callable[[Session], object]  # what is timed: one run, or a generation of several
 
@@ -66,8 +67,7 @@ def measure(arms: Sequence[Arm], load: Load, work: Work, protocol: Protocol, pro
     def take(number: int) -> Taken:
         nonlocal rounds
         progress(f"{load}: set {number + 1} of sessions, {time.monotonic() - started:.0f} s of {protocol.budget:.0f} s")
-        order = list(range(len(arms)))
-        taken = take_set(arms, order if number % 2 == 0 else order[::-1], work, rounds or rounds_within(protocol.budget / SETS), random)
+        taken = take_set(arms, work, rounds or rounds_within(protocol.budget / SETS), random)
         rounds = len(taken.times)
         return taken
 
@@ -82,8 +82,12 @@ def rounds_within(seconds: float) -> Callable[[float, float], int]:
     return lambda spent, one: int(np.clip((seconds - spent) / one, LEAST_ROUNDS, MOST_ROUNDS))
 
 
-def take_set(arms: Sequence[Arm], creation: Sequence[int], work: Work, rounds: int | Callable[[float, float], int], random: np.random.Generator) -> Taken:
-    """One fresh session per arm, opened in the order of ``creation``, warmed up, and timed in rounds of shuffled order."""
+def take_set(arms: Sequence[Arm], work: Work, rounds: int | Callable[[float, float], int], random: np.random.Generator) -> Taken:
+    """One fresh session per arm, opened in shuffled order, warmed up, and timed in rounds of shuffled order.
+
+    Which session is opened first shows in its times, for as long as it lives. Turning one order round would leave the same arm at its ends, set after set.
+    """
+    creation = random.permutation(len(arms)).tolist()
     began, opening, warming = time.monotonic(), [0] * len(arms), [[0]] * len(arms)
     with ExitStack() as stack:
         sessions: dict[int, Session] = {}
@@ -109,11 +113,8 @@ def _warm_up(work: Work, session: Session) -> list[int]:
 def _measure_rounds(sessions: Mapping[int, Session], work: Work, rounds: int, random: np.random.Generator) -> list[list[int]]:
     """Without the garbage collector, which would take its time from whichever arm it meets."""
     gc.collect()
-    gc.disable()
-    try:
+    with uncollected():
         return [_measure_round(sessions, work, random) for _ in range(rounds)]
-    finally:
-        gc.enable()
 
 
 def _measure_round(sessions: Mapping[int, Session], work: Work, random: np.random.Generator) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,6 +88,7 @@ class Point:
 class Report:
     """All points of one run. ``digests`` are the graphs' by arm, ``left_out`` the arms that can't be had, with the reason.
 
+    ``hashes`` are the SHA-256 of the base's weights, the merged model's file and the adapter; ``seed`` is that of the arms' turns.
     ``machine`` holds what does not change while it is measured; ``before`` and ``after`` what does (load, clocks, temperature).
     """
 
@@ -100,6 +101,8 @@ class Report:
     machine: dict[str, str]
     before: dict[str, str]
     after: dict[str, str]
+    hashes: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
     schema: int = SCHEMA
 
     @property

@@ -1,31 +1,37 @@
-"""One run of the harness: every load, one after the other, and the report of all."""
+"""One run of the harness: every load, one after the other, and the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from engines.backends import Progress
 from engines.latency.arms import Arms
 from engines.latency.environment import machine, state
 from engines.latency.harness import Protocol, measure
 from engines.latency.loads import work_of
-from engines.latency.report import Load, Report, overall
+from engines.latency.report import Load, Point, Report, overall
 from exporter.bundle.manifest import Bundle
 
 
-def run(bundle: Bundle, task: str, arms: Arms, loads: Sequence[Load], protocol: Protocol, threads: int, progress: Progress = lambda step: None) -> Report:
-    """Measure the arms at each of ``loads``, each with the whole budget."""
-    graph, vocabulary = bundle.graph(bundle.task(task)), bundle.manifest.base.vocabulary
+def run(
+    bundle: Bundle, task: str, arms: Arms, loads: Sequence[Load], protocol: Protocol, threads: int, progress: Progress = lambda step: None
+) -> Iterator[Report]:
+    """Measure the arms at each of ``loads``, each with the whole budget; after each, the report so far: what follows may fail, or take too long."""
+    record, base = bundle.task(task), bundle.manifest.base
     before = state()
-    points = tuple(measure(arms.arms, load, work_of(graph, vocabulary, load), protocol, progress) for load in loads)
-    return Report(
-        subject=task,
-        verdict=overall(points),
-        margin=protocol.margin,
-        points=points,
-        digests=arms.digests,
-        left_out=arms.left_out,
-        machine=machine(threads),
-        before=before,
-        after=state(),
-    )
+    points: tuple[Point, ...] = ()
+    for load in loads:
+        points = (*points, measure(arms.arms, load, work_of(bundle.graph(record), base.vocabulary, load), protocol, progress))
+        yield Report(
+            subject=task,
+            verdict=overall(points),
+            margin=protocol.margin,
+            points=points,
+            digests=arms.digests,
+            left_out=arms.left_out,
+            machine=machine(threads),
+            before=before,
+            after=state(),
+            hashes={"base": base.sha256, "merged": record.model.sha256, "adapter": record.adapter_sha256},
+            seed=protocol.seed,
+        )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import engines.cli
 from engines.backends import BuildOptions
 from engines.build import build
 from exporter.bundle.manifest import Bundle
 from lora.tensorfile import Array
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for command
 
 
 @pytest.fixture
@@ -41,3 +46,22 @@ def no_device() -> None:
     """Skips where there is an NVIDIA GPU; asked of the system, not of the code under test."""
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has an NVIDIA GPU")
+
+
+@pytest.fixture
+def fill(tiny_bundle: Bundle, tmp_path: Path) -> Callable[..., list[str]]:
+    """Fills in the paths that a command line names."""
+    return lambda arguments: [argument.format(bundle=tiny_bundle.path, tmp=tmp_path) for argument in arguments]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """A command in this process, which has torch loaded already: its exit status and what it prints."""
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["lorafuse", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            engines.cli.main()
+        return end.value.code, capsys.readouterr().out
+
+    return run

@@ -5,73 +5,23 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
 
 import msgspec
 import numpy as np
 import onnxruntime
 import pytest
+from command import BAD_INPUT, DONE, NO, answer, lorafuse, refusal
 from safetensors.numpy import load_file, save_file
 
-import engines.cli
-from engines.backends import Session
 from exporter.bundle.manifest import Bundle, File, encode, open_bundle
 from lora.adapter import LowRank
 from lora.formats.peft import read_peft
-from lora.tensorfile import Array, TensorFile, file_sha256
+from lora.tensorfile import TensorFile, file_sha256
 
-COMMAND = Path(sys.executable).with_name("lorafuse")
 COMMANDS = ("export", "build", "verify", "bench", "run", "merge", "inspect")
-DONE, NO, UNDECIDED, BAD_INPUT = 0, 1, 2, 3
-# Quick: the least that the harness measures.
-BENCH = ("bench", "{bundle}", "--task", "first", "--length", "8", "--seconds", "0")
-
-Finished = subprocess.CompletedProcess
-
-
-def lorafuse(*arguments: str | bytes | Path) -> Finished[str]:
-    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, encoding="utf-8", check=False)
-
-
-def answer(*arguments: str | Path, status: int = DONE) -> object:
-    """The JSON that a command prints; whatever the status, nothing else is said."""
-    done = lorafuse(*arguments, "--json")
-    assert (done.returncode, done.stderr) == (status, "")
-    return json.loads(done.stdout)
-
-
-def refusal(*arguments: str | bytes | Path) -> str:
-    """What a command says of bad input: status 3, one line on stderr and nothing on stdout."""
-    done = lorafuse(*arguments)
-    assert (done.returncode, done.stdout) == (BAD_INPUT, ""), done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("lorafuse: ")
-    return done.stderr.removeprefix("lorafuse: ").rstrip("\n")
-
-
-@pytest.fixture
-def fill(tiny_bundle: Bundle, tmp_path: Path) -> Callable[..., list[str]]:
-    """Fills in the paths that a command line names."""
-    return lambda arguments: [argument.format(bundle=tiny_bundle.path, tmp=tmp_path) for argument in arguments]
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """A command in this process, which has torch loaded already: its exit status and what it prints."""
-
-    def run(*arguments: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["lorafuse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            engines.cli.main()
-        return end.value.code, capsys.readouterr().out
-
-    return run
 
 
 # Help and usage
@@ -110,10 +60,6 @@ def test_no_command_shows_the_help_and_is_a_usage_error():
         (["run", "{bundle}", "--task", "first"], "Missing option '--text'"),
         (["run", "{bundle}", "--task", "first", "--text"], "Option '--text' requires an argument"),
         (["run", "{bundle}", "surplus", "--task", "first", "--text", "x"], "surplus"),
-        (["bench", "{bundle}", "--task", "first", "--batch", "0"], "Invalid value for '--batch'"),
-        (["bench", "{bundle}", "--task", "first", "--length", "many"], "Invalid value for '--length'"),
-        (["bench", "{bundle}", "--task", "first", "--margin", "0"], "Invalid value for '--margin'"),
-        (["bench", "{bundle}", "--task", "first", "--seconds", "nan"], "Invalid value for '--seconds'"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
 )
@@ -244,50 +190,6 @@ def test_verify_says_no_when_the_merge_is_missing_from_the_stored_weights(tiny_c
         ["stored weights", "merged torch", "ONNX graph", "engine onnxruntime"], False
     )
     assert found["stages"][0]["where"].startswith("bert.encoder.layer.")
-
-
-def test_bench_writes_every_sample(fill: Callable[..., list[str]], tmp_path: Path):
-    done = lorafuse(*fill(BENCH), "--batch", "2", "--margin", "50", "--out", tmp_path / "report.json")
-    assert (done.returncode, done.stderr) == (DONE, "")
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert np.array(report["nanoseconds"]).shape == (6, 20, 4)
-    assert np.array(report["nanoseconds"]).min() > 0
-    assert report["arms"] == ["base", "base again", "merged", "unmerged"] == [reading["arm"] for reading in report["readings"]]
-    assert (report["task"], report["batch"], report["length"], report["threads"], report["margin"]) == ("first", 2, 8, 1, 50)
-    assert f"{report['verdict'].upper()}: {report['reason']}" == done.stdout.splitlines()[-1]
-
-
-@pytest.mark.parametrize(("margin", "verdict", "status"), [("50", "equivalent", DONE), ("0.0001", "undecided", UNDECIDED)])
-def test_bench_status_follows_the_verdict(fill: Callable[..., list[str]], margin: str, verdict: str, status: int):
-    """A margin that nothing exceeds, and one that no machine is quiet enough for."""
-    found = answer(*fill(BENCH), "--margin", margin, status=status)
-    assert found["verdict"] == verdict
-    assert "nanoseconds" not in found
-    assert [set(reading) for reading in found["readings"]] == [{"arm", "milliseconds", "ratio", "decision"}] * 4
-
-
-@dataclass
-class Thrice:
-    """A session that does everything three times: the slow arm that merging does not make."""
-
-    session: Session
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return [self.session.run(inputs) for _ in range(3)][-1]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.session.__exit__(None, None, None)
-
-
-def test_bench_says_slower_with_status_one(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., tuple[int, str]]):
-    (base, again, merged, unmerged), left_out = engines.cli._arms(tiny_bundle, "first", 1)
-    slowed = [base, again, replace(merged, open=lambda: Thrice(merged.open())), unmerged], left_out
-    monkeypatch.setattr(engines.cli, "_arms", lambda opened, task, threads: slowed)
-    status, printed = in_process("bench", tiny_bundle.path, "--task", "first", "--length", "8", "--margin", "0.5", "--json")
-    assert (status, json.loads(printed)["verdict"]) == (NO, "slower")
 
 
 # Bad input
@@ -438,17 +340,6 @@ def test_verify_refuses_a_folder_of_texts(tiny_bundle: Bundle, tmp_path: Path):
     assert f"{tmp_path}: can't be read as UTF-8 text" in refusal("verify", tiny_bundle.path, "--task", "first", "--texts", tmp_path)
 
 
-def test_bench_refuses_a_length_above_the_bases_limit(tiny_bundle: Bundle):
-    message = refusal("bench", tiny_bundle.path, "--task", "first", "--length", "65")
-    assert message == f"{tiny_bundle.path}: length 65 is more than the 64 tokens that the base takes"
-
-
-@pytest.mark.parametrize("out", ["{tmp}", "{tmp}/missing/report.json"], ids=["a folder", "in no folder"])
-def test_bench_refuses_a_report_that_cannot_be_written(fill: Callable[..., list[str]], out: str):
-    message = refusal(*fill((*BENCH, "--margin", "50", "--out", out)))
-    assert f"{fill([out])[0]}: can't be written (" in message
-
-
 def test_run_refuses_bytes_that_are_no_text(tiny_bundle: Bundle):
     assert "can't be read as UTF-8 text" in refusal("run", tiny_bundle.path, "--task", "first", "--text", b"\xff\xfe")
 
@@ -464,14 +355,3 @@ def test_run_names_the_command_that_builds_a_missing_engine_and_it_builds_it(tin
 @pytest.mark.usefixtures("no_device")
 def test_run_of_an_engine_without_its_device_is_refused(rtx_bundle: Path):
     assert "on this machine" in refusal("run", rtx_bundle, "--task", "first", "--text", "x", "--backend", "tensorrt-rtx")
-
-
-def test_a_dora_task_is_exported_verified_and_timed_without_an_unmerged_arm(tiny_copy: Path, tiny_base: Path, write_adapter):
-    random = np.random.default_rng(3)
-    modules = [f"base_model.model.bert.encoder.layer.{layer}.attention.self.{target}" for layer in (0, 1) for target in ("query", "value")]
-    adapter = write_adapter(config={"use_dora": True}, tensors={f"{module}.lora_magnitude_vector": random.uniform(0.5, 1.5, 32) for module in modules})
-    assert lorafuse("export", tiny_base, adapter, "--task", "dora", "--out", tiny_copy).returncode == DONE
-    assert lorafuse("verify", tiny_copy, "--task", "dora").returncode == DONE
-    done = lorafuse("bench", tiny_copy, "--task", "dora", "--length", "8", "--seconds", "0")
-    assert "no unmerged arm, so no power could be shown: 'bert.encoder.layer.0.attention.self.query.weight' is changed by more than" in done.stdout
-    assert done.returncode in (DONE, NO, UNDECIDED)

@@ -96,13 +96,17 @@ def test_text_needs_the_bases_tokenizer(images: Bundle):
         TextEncoder(images)
 
 
-def test_bench_times_a_decoders_prefill_and_a_model_of_images(language: Bundle, images: Bundle):
-    for bundle, task in ((language, "chat"), (images, "shapes")):
-        done = subprocess.run(
-            [COMMAND, "bench", bundle.path, "--task", task, "--length", "8", "--seconds", "0", "--margin", "9", "--json"], capture_output=True, text=True
-        )
-        assert done.stderr == ""
-        assert [reading["arm"] for reading in json.loads(done.stdout)["readings"]] == ["base", "base again", "merged", "unmerged"]
+@pytest.mark.parametrize(("kind", "task", "loads"), [("language", "chat", [(8, 0, 0), (1, 8, 0), (8, 0, 3)]), ("images", "shapes", [(8, 0, 0)])])
+def test_bench_times_a_decoders_prompt_and_tokens_and_a_model_of_images(request: pytest.FixtureRequest, kind: str, task: str, loads: list[tuple[int, ...]]):
+    tokens = ["--tokens", "3"] if kind == "language" else []
+    path = request.getfixturevalue(kind).path
+    done = subprocess.run(
+        [COMMAND, "bench", path, "--task", task, "--length", "8", *tokens, "--seconds", "0", "--margin", "900%", "--json"], capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    points = json.loads(done.stdout)["points"]
+    assert [(point["load"]["length"], point["load"]["past"], point["load"]["tokens"]) for point in points] == loads
+    assert all([reading["arm"] for reading in point["readings"]] == ["base", "base again", "merged", "unmerged"] for point in points)
 
 
 @pytest.mark.parametrize("kind", ["language", "images"])

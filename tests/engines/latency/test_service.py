@@ -160,7 +160,7 @@ def test_every_arm_is_under_the_same_traffic_in_turns():
 @pytest.mark.parametrize("workers", [1, 3])
 def test_what_a_worker_raises_surfaces_and_closes_every_session(rate: float | None, workers: int):
     session, other = Sleeping(0.001, fails_at=WARMUP + 3), Sleeping(0.001)
-    with pytest.raises(EngineError, match="^the engine broke$"):
+    with pytest.raises(EngineError, match=r"\Athe engine broke\Z"):
         serve([Arm("base", lambda: other), Arm("merged", lambda: session)], run, Traffic(rate, workers, 0.4))
     assert session.closed
     assert other.closed
