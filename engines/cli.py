@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import gc
 from dataclasses import asdict
-from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engines.build_cli import Backend, BackendChoice
+from engines.build_cli import app as build_app
 from engines.latency.cli import app as bench_app
 from exporter.cli import BundlePath, TaskName
 from exporter.cli import app as exporter_app
 from lora.cli import AsJson
 from lora.cli import app as lora_app
 from lora.errors import LorafuseError
-from lora.terminal import BAD_INPUT, DONE, NO, megabytes, print_error, print_json, print_table, progress
+from lora.terminal import BAD_INPUT, DONE, NO, print_error, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from exporter.bundle.manifest import Bundle
@@ -28,45 +29,8 @@ Example: lorafuse export MiniLM adapters/movies --task movies --out bundle"""
 app = typer.Typer(name="lorafuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 app.add_typer(lora_app)
 app.add_typer(exporter_app)
+app.add_typer(build_app)
 app.add_typer(bench_app, name="bench")
-
-
-class BackendChoice(StrEnum):
-    """The backends as the command line takes them."""
-
-    onnxruntime = "onnxruntime"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-Backend = Annotated[BackendChoice, typer.Option(help="What runs the engine.")]
-
-
-@app.command()
-def build(
-    bundle: BundlePath,
-    task: Annotated[list[str] | None, typer.Option(help="Task to build; repeatable. Default: all.")] = None,
-    backend: Backend = BackendChoice.onnxruntime,
-    compute_capability: Annotated[str | None, typer.Option(help="tensorrt-rtx: the GPU generation, such as 8.9. Default: any from Ampere on.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Build an engine for each task.
-
-    Example: lorafuse build bundle --backend tensorrt-rtx --compute-capability 8.9
-    """
-    from engines.backends import BuildOptions
-    from engines.build import build as build_engine
-    from exporter.bundle.manifest import open_bundle
-
-    built = []
-    for name in task or sorted(open_bundle(bundle).manifest.tasks):
-        with progress(f"build {name}") as step:
-            built.append(build_engine(bundle, name, backend.value, BuildOptions(compute_capability), step))
-    if as_json:
-        print_json([{"task": b.task, "backend": b.engine.backend, "version": b.engine.version, "target": b.engine.target, "bytes": b.size} for b in built])
-        return
-    rows = [(b.task, f"{b.engine.backend} {b.engine.version}", b.engine.target, megabytes(b.size) if b.size else "runs the ONNX model") for b in built]
-    print_table("engines", ("task", "backend", "target", "plan"), rows)
 
 
 @app.command()

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from engines.backends import BackendName, Model, Session, backend
+from engines.backends import Backend, BackendName, Model, Session, backend
+from engines.switch import changed_names, task_values
 from exporter.bundle.changes import base_stored, in_graph_order, merged_at_load
-from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest import Bundle, Engine, open_bundle
 from lora.errors import EngineError
 
 
-def load(bundle: str | Path, task: str, backend_name: BackendName = "onnxruntime", threads: int | None = None) -> Session:
+def load(
+    bundle: str | Path, task: str, backend_name: BackendName = "onnxruntime", threads: int | None = None, provider_options: Mapping[str, str] | None = None
+) -> Session:
     """Load a task's engine; use the session as a context manager.
 
     The files are compared with the manifest's SHA-256 first. ``threads`` bounds CPU threads; None takes every core.
-    Raises BundleError when the bundle is damaged or has no such task, EngineError when the engine can't be loaded.
+    ``provider_options`` go to ONNX Runtime's execution provider.
+    Of TensorRT, the task's own engine is loaded where it has one, else its graph's is refitted. Raises BundleError when
+    the bundle is damaged or has no such task, EngineError when the engine can't be loaded or is not of this export,
+    version or device.
 
     >>> with load("bundle", "movies") as session:  # doctest: +SKIP
     ...     session.run({"input_ids": ids, "attention_mask": mask, "token_type_ids": types})["logits"]
     """
     opened = open_bundle(Path(bundle))
-    model = task_model(opened, task)
-    return backend(backend_name, threads).load(model, _plan(opened, task, backend_name))
+    chosen = backend(backend_name, threads, provider_options)
+    if backend_name.startswith("onnxruntime"):
+        return chosen.load(task_model(opened, task), None)
+    own = opened.task(task).engines.get(backend_name)
+    if own is not None:
+        return chosen.load(Model(b"", opened.path), own_plan(opened, task, own, chosen))
+    shared = opened.graph(opened.task(task)).engines.get(backend_name)
+    if shared is None or shared.mode == "rebuild":
+        raise EngineError(f"{opened.path}: task '{task}' has no {backend_name} engine; run '{_build_command(opened, task, backend_name)}'")
+    return chosen.load(Model(b"", opened.path, task_values(opened, task, shared.refittable)), shared_plan(opened, task, shared, chosen))
 
 
 def task_model(bundle: Bundle, task: str) -> Model:
@@ -33,16 +48,42 @@ def task_model(bundle: Bundle, task: str) -> Model:
     return Model(bundle.checked(record.model).read_bytes(), bundle.path, values)
 
 
-def _plan(bundle: Bundle, task: str, backend_name: BackendName) -> Path | None:
-    """The built engine's file; ONNX Runtime runs the model itself and needs none."""
+def own_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
+    """The plan of the task's own engine. Raises EngineError when it is of an earlier export, another version, or for another device."""
     record = bundle.task(task)
-    engine = record.engines.get(backend_name)
-    if engine is None:
-        if backend_name == "onnxruntime":
-            return None
-        raise EngineError(
-            f"{bundle.path}: task '{task}' has no {backend_name} engine; run 'lorafuse build {bundle.path} --task {task} --backend {backend_name}'"
-        )
-    if engine.model_sha256 != record.model.sha256:
-        raise EngineError(f"{bundle.path}: the {backend_name} engine of '{task}' was built from an earlier export of the task; build it again")
-    return bundle.checked(engine.file) if engine.file is not None else None
+    if (engine.model_sha256, engine.weights_sha256) != (record.model.sha256, bundle.weights_sha256(record)):
+        raise _refused(bundle, task, engine, "it was built from an earlier export of the task")
+    return _plan(bundle, task, engine, chosen)
+
+
+def shared_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend, trusted: bool = False) -> Path:
+    """The plan that is refitted with the task's weights: as ``own_plan``, and only where that was proven to give the task's outputs.
+
+    ``trusted`` is for the proof itself. A refit engine that was not compared may be wrong without a word: TensorRT 11.3
+    documents that it may drop a bias, NVIDIA/TensorRT #3628 reports a blend of two tasks.
+    """
+    if beyond := sorted(changed_names(bundle, task) - set(engine.refittable)):
+        raise _refused(bundle, task, engine, f"the task changes '{beyond[0]}', which can't be exchanged in it")
+    plan = _plan(bundle, task, engine, chosen)
+    if not trusted and engine.proven.get(task) != bundle.weights_sha256(bundle.task(task)):
+        raise _refused(bundle, task, engine, "its outputs with this task's weights were not yet compared with those of an engine built from them")
+    return plan
+
+
+def _plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
+    assert engine.file is not None
+    plan = bundle.checked(engine.file)
+    if engine.version != chosen.version():
+        raise _refused(bundle, task, engine, f"it was built by version {engine.version}, and this is {chosen.version()}")
+    if reason := chosen.runs(engine.target):
+        raise _refused(bundle, task, engine, reason)
+    return plan
+
+
+def _refused(bundle: Bundle, task: str, engine: Engine, reason: str) -> EngineError:
+    command = _build_command(bundle, task, engine.backend) + (f" --mode {engine.mode}" if engine.mode != "rebuild" else "")
+    return EngineError(f"{bundle.path}: the {engine.backend} engine of '{task}' can't be used: {reason}; run '{command}'")
+
+
+def _build_command(bundle: Bundle, task: str, backend_name: str) -> str:
+    return f"lorafuse build {bundle.path} --task {task} --backend {backend_name}"

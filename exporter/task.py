@@ -288,10 +288,12 @@ def _with_task(current: Manifest | None, base: Base, name: str, task: Task, grap
     if former is not None and (former.model, former.adapter_sha256) == (task.model, task.adapter_sha256):
         task = msgspec.structs.replace(task, engines=former.engines)
     tasks = dict(sorted({**current.tasks, name: task}.items()))
+    if task.graph in current.graphs:
+        graph = msgspec.structs.replace(graph, engines=current.graphs[task.graph].engines)
     graphs = {**current.graphs, task.graph: graph}
     added = tuple(file for file in base.weights if file not in current.base.weights)
-    return Manifest(
-        schema=SCHEMA,
+    return msgspec.structs.replace(
+        current,
         base=msgspec.structs.replace(current.base, weights=(*current.base.weights, *added)),
         graphs={digest: graphs[digest] for digest in sorted({task.graph for task in tasks.values()})},
         tasks=tasks,

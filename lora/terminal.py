@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 DONE, NO, UNDECIDED, BAD_INPUT = 0, 1, 2, 3
 
@@ -39,8 +39,16 @@ def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, 
     console.print(table)
 
 
+class Step(Protocol):
+    """Shows a step, and of how much of it is done, from 0 to 1, where that is known."""
+
+    def __call__(self, step: str, share: float | None = None, /) -> None:
+        """Begin ``step``, or go on with it."""
+        ...
+
+
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[str], None]]:
+def progress(title: str) -> Iterator[Step]:
     """A live line on stderr with the current step and the time it has taken; silent where stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -49,7 +57,11 @@ def progress(title: str) -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda step: bar.update(task, description=f"{title}: {step}")
+
+        def show(step: str, share: float | None = None, /) -> None:
+            bar.update(task, description=f"{title}: {step}", total=None if share is None else 1.0, completed=share or 0.0)
+
+        yield show
 
 
 def megabytes(size: int) -> str:

@@ -5,19 +5,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args
 
 from lora.errors import EngineError
 from lora.tensorfile import Array
 
-BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+if TYPE_CHECKING:
+    from exporter.bundle.manifest import Mode
+
+BackendName = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-rtx", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
-Progress = Callable[[str], None]
+
+class Progress(Protocol):
+    """Told of each step of a build, and how much of it is done, from 0 to 1, where the backend knows."""
+
+    def __call__(self, step: str, share: float | None = None, /) -> None:
+        """Begin ``step``, or go on with it."""
+        ...
+
+
+def unheard(step: str, share: float | None = None, /) -> None:
+    """A Progress that nobody listens to."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +51,36 @@ class AxisRange:
     largest: int
 
 
+Axes = Mapping[str, AxisRange]
+
+
 @dataclass(frozen=True)
 class BuildOptions:
-    """``compute_capability`` such as "8.9" (None: the backend's default); the range of each dynamic axis by name."""
+    """What TensorRT's builders can be told. ONNX Runtime compiles nothing ahead and takes none of it.
 
-    compute_capability: str | None = None
-    axes: Mapping[str, AxisRange] = field(default_factory=dict)
+    ``profiles`` give each dynamic axis a range, by name; of several, a later one is narrower and is preferred where it
+    fits. ``compute_capabilities`` such as "8.9" (none: the flavour's default) are RTX's; ``compatible`` asks full
+    TensorRT for a plan that runs on any GPU from Ampere on. ``workspace`` is in bytes. ``refittable`` are the weights
+    that ``mode`` "refit" lets be exchanged. ``timing_cache`` is a former build's.
+    """
+
+    compute_capabilities: tuple[str, ...] = ()
+    profiles: tuple[Axes, ...] = ()
+    compatible: bool = False
+    workspace: int | None = None
+    optimization_level: int | None = None
+    mode: Mode = "rebuild"
+    refittable: tuple[str, ...] = ()
+    timing_cache: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A built engine's bytes, or None where the ONNX model is what the backend runs; and what it was built for."""
+    """A built engine's bytes, or None where the ONNX model is what the backend runs; what it was built for; the timings it took."""
 
     content: bytes | None
     target: str
+    timing_cache: bytes | None = None
 
 
 class Session(Protocol):
@@ -73,8 +102,16 @@ class Backend(Protocol):
         """The version of the backend's library."""
         ...
 
+    def timing_cache_key(self) -> str | None:
+        """What the timings of a build hold for; None where the backend keeps none. Raises NoDeviceError."""
+        ...
+
     def build(self, model: Model, options: BuildOptions, progress: Progress) -> Plan:
         """Build ``model``. Raises EngineError with the library's own words when it can't be built."""
+        ...
+
+    def runs(self, target: str) -> str | None:
+        """Why an engine for ``target`` does not run on this machine; None where it does. Raises NoDeviceError."""
         ...
 
     def load(self, model: Model, plan: Path | None) -> Session:
@@ -86,16 +123,18 @@ class NoDeviceError(EngineError):
     """The engine is sound, but this machine has no device that can run it."""
 
 
-def backend(name: BackendName, threads: int | None = None) -> Backend:
+def backend(name: BackendName, threads: int | None = None, provider_options: Mapping[str, str] | None = None) -> Backend:
     """The backend called ``name``. ``threads`` bounds CPU threads, where the backend computes on the CPU.
+
+    ``provider_options`` go to ONNX Runtime's execution provider, over those that are set here.
 
     Raises EngineError when the name is unknown or the backend's package is not installed.
     """
     match name:
-        case "onnxruntime":
+        case "onnxruntime" | "onnxruntime-cuda" | "onnxruntime-tensorrt" | "onnxruntime-rtx":
             from engines.backends.onnxruntime import OnnxRuntime
 
-            return OnnxRuntime(threads)
+            return OnnxRuntime(threads, name, provider_options=provider_options)
         case "tensorrt" | "tensorrt-rtx":
             from engines.backends.tensorrt import TensorRT, api
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the embedded default. It compiles nothing: the task's ONNX model is the engine."""
+"""ONNX Runtime: the embedded default, on the CPU or by another execution provider. The task's ONNX model is the engine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from engines.backends import BuildOptions, Model, Plan, Progress
+from engines.backends.providers import PROVIDERS, Runtime, add_provider, cache_options, require_provider
 from lora.errors import EngineError
 from lora.tensorfile import Array
 
@@ -18,28 +19,43 @@ from lora.tensorfile import Array
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 SPINNING = "session.intra_op.allow_spinning"
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
-PROVIDER = "CPUExecutionProvider"
 
 
 class OnnxRuntime:
-    """ONNX Runtime on the CPU. ``threads`` None lets it use every core; a bounded session does not spin while it waits."""
+    """ONNX Runtime. ``threads`` None lets it use every core; a bounded session does not spin while it waits.
 
-    def __init__(self, threads: int | None = None, optimize: bool = True) -> None:
+    ``provider_options`` are added to the provider's own, and win.
+    """
+
+    def __init__(
+        self, threads: int | None = None, runtime: Runtime = "onnxruntime", optimize: bool = True, provider_options: Mapping[str, str] | None = None
+    ) -> None:
         self._api = _import()
         self._threads = threads
+        self._runtime = runtime
         self._optimize = optimize
+        self._given = dict(provider_options or {})
+        require_provider(self._api, runtime)
 
     def version(self) -> str:
         """ONNX Runtime's version."""
         return str(self._api.__version__)
 
+    def timing_cache_key(self) -> str | None:
+        """None: what a provider times it keeps by itself."""
+        return None
+
     def build(self, model: Model, options: BuildOptions, progress: Progress) -> Plan:
-        """Show that the model loads and stays within the options; there is no plan to write."""
-        if options.compute_capability is not None:
-            raise EngineError("onnxruntime runs on the CPU and has no compute capability; leave it out, or choose a TensorRT backend")
+        """Show that the model loads and stays within the options; there is no plan to write. A provider that compiles does so now."""
+        if options.compute_capabilities or options.compatible or options.workspace or options.optimization_level is not None or options.mode != "rebuild":
+            raise EngineError(f"{self._runtime} compiles nothing ahead; leave the builder's options out, or choose a TensorRT backend")
         progress("loading the model")
         with self.load(model, None):
-            return Plan(content=None, target=PROVIDER)
+            return Plan(content=None, target=PROVIDERS[self._runtime].name)
+
+    def runs(self, target: str) -> str | None:
+        """Whether the provider is there is said when a session is opened."""
+        return None
 
     def load(self, model: Model, plan: Path | None) -> OnnxRuntimeSession:
         """Open a session; there is no plan to read."""
@@ -54,12 +70,15 @@ class OnnxRuntime:
         if model.values:
             names = sorted(model.values)
             options.add_external_initializers(names, [self._api.OrtValue.ortvalue_from_numpy(model.values[name]) for name in names])
+        providers = add_provider(self._api, options, self._runtime, {**cache_options(self._runtime, model), **self._given})
         try:
-            session = self._api.InferenceSession(model.graph, options, providers=[PROVIDER])
+            session = self._api.InferenceSession(model.graph, options, providers=providers)
         except Exception as error:  # the API raises classes of its own that share no root but Exception
             raise EngineError(f"{model.folder}: ONNX Runtime {self.version()} can't load the model ({_first_line(error)})") from error
-        if PROVIDER not in session.get_providers():
-            raise EngineError(f"{model.folder}: {PROVIDER} was asked for, but ONNX Runtime uses {', '.join(session.get_providers())}")
+        session.disable_fallback()  # a failing provider is an error, not a reason to go on with another
+        wanted, used = PROVIDERS[self._runtime].name, session.get_providers()
+        if wanted not in used:
+            raise EngineError(f"{model.folder}: {wanted} was asked for, but ONNX Runtime uses {', '.join(used)}")
         return OnnxRuntimeSession(session)
 
 

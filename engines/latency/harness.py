@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.backends import Progress, Session
+from engines.backends import Progress, Session, unheard
 from engines.latency.report import Load, Point, Samples
 from engines.latency.sequential import until_decided
 from engines.latency.verdict import judged
@@ -55,7 +55,7 @@ class Taken:
     first: list[int]
 
 
-def measure(arms: Sequence[Arm], load: Load, work: Work, protocol: Protocol, progress: Progress = lambda step: None) -> Point:
+def measure(arms: Sequence[Arm], load: Load, work: Work, protocol: Protocol, progress: Progress = unheard) -> Point:
     """Time the arms at ``work`` until the question is decided or the budget is spent.
 
     The first arm is the base that all are compared with. At least ``FIRST_LOOK`` sets are measured, whatever they take.

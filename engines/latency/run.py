@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from engines.backends import Progress
+from engines.backends import Progress, unheard
 from engines.latency.arms import Arms
 from engines.latency.environment import machine, state
 from engines.latency.harness import Protocol, measure
@@ -13,9 +13,7 @@ from engines.latency.report import Load, Point, Report, overall
 from exporter.bundle.manifest import Bundle
 
 
-def run(
-    bundle: Bundle, task: str, arms: Arms, loads: Sequence[Load], protocol: Protocol, threads: int, progress: Progress = lambda step: None
-) -> Iterator[Report]:
+def run(bundle: Bundle, task: str, arms: Arms, loads: Sequence[Load], protocol: Protocol, threads: int, progress: Progress = unheard) -> Iterator[Report]:
     """Measure the arms at each of ``loads``, each with the whole budget; after each, the report so far: what follows may fail, or take too long."""
     record, base = bundle.task(task), bundle.manifest.base
     before = state()

@@ -19,7 +19,7 @@ from threading import Lock
 
 import numpy as np
 
-from engines.backends import Progress, Session
+from engines.backends import Progress, Session, unheard
 from engines.latency.harness import WARMUP, Arm, Work
 from lora.errors import EngineError
 from lora.tensorfile import Array
@@ -49,7 +49,7 @@ class Service:
     percentiles: dict[str, float]
 
 
-def serve(arms: Sequence[Arm], work: Work, traffic: Traffic, progress: Progress = lambda step: None) -> list[Service]:
+def serve(arms: Sequence[Arm], work: Work, traffic: Traffic, progress: Progress = unheard) -> list[Service]:
     """Put each arm under the same traffic, in turns, for ``traffic.seconds`` each in all. Raises EngineError where that is too many requests."""
     if traffic.rate is not None and traffic.rate * traffic.seconds > MOST_REQUESTS:
         raise EngineError(f"{traffic.rate:g} requests a second for {traffic.seconds:g} s are more than {MOST_REQUESTS:,}; choose a lower rate or fewer seconds")

@@ -35,7 +35,7 @@ def check_bundle(path: Path, progress: Callable[[str], None] = lambda step: None
 
 
 def _damaged(bundle: Bundle, progress: Callable[[str], None]) -> Iterator[Finding]:
-    for file in sorted(all_files(bundle.manifest), key=lambda file: file.path):
+    for file in sorted(set(all_files(bundle.manifest)), key=lambda file: file.path):
         progress(file.path)
         try:
             bundle.checked(file)

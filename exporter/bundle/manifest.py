@@ -7,7 +7,7 @@
     <task>-<hash>.safetensors          the tensors that the task changes
     base-<hash>.onnx                   the unadapted graph, shared by tasks that are merged when they are loaded
     adapters/<task>-<hash>/            the adapter the task was merged from
-    engines/                           built engines
+    engines/                           built engines and the timing caches of their builds
 
 Graphs and weights lie in one folder because ONNX external data may not leave its model's folder or follow a link.
 Names carry a hash of the content, so that replacing a task never overwrites a file that the current manifest names.
@@ -16,6 +16,7 @@ Standard library, msgspec and numpy only: an embedding process reads bundles thr
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ import msgspec
 from lora.errors import BundleError
 from lora.tensorfile import file_sha256
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 FOLDERS = ("adapters", "base", "engines")
@@ -37,6 +38,7 @@ CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS")
 MODULE = "MODULE"  # a torch module that the caller brought
 Precision = Literal["float32", "float16", "bfloat16"]
 Store = Literal["dense", "factors"]
+Mode = Literal["rebuild", "refit", "stripped"]
 RESERVED = frozenset({"manifest", *FOLDERS})
 
 
@@ -72,27 +74,39 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.task_type in CLASSIFIERS
 
 
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A built engine: of which backend and version, for which target, from which graph and weights.
+
+    ``model_sha256`` is that of the ONNX model it was built from (an engine that tasks share: the graph's digest), and
+    ``weights_sha256`` that of the weights in it. ``mode`` says whether its weights can be exchanged, and ``refittable``
+    which. ``proven`` holds {task: weights_sha256} of those whose outputs, refitted, equalled those of an engine that was
+    built from them.
+    """
+
+    backend: str
+    version: str
+    target: str
+    model_sha256: str
+    weights_sha256: str
+    file: File | None = None
+    mode: Mode = "rebuild"
+    refittable: tuple[str, ...] = ()
+    proven: dict[str, str] = {}
+
+
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A dense graph, shared by every task with the same head.
 
     ``weights`` is the weight map: each parameter's name, which is its initializer's too, with the axis order in which
-    the graph stores it (None: as the model has it).
+    the graph stores it (None: as the model has it). ``engines``, by backend, are those of the unadapted model, which
+    tasks share by refitting where their mode allows.
     """
 
     head: Head
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     weights: dict[str, tuple[int, ...] | None]
-
-
-class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A built engine: of which backend and version, for which target, from which task model."""
-
-    backend: str
-    version: str
-    target: str
-    model_sha256: str
-    file: File | None = None
+    engines: dict[str, Engine] = {}
 
 
 class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -133,13 +147,14 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole bundle."""
+    """The whole bundle. ``timing_caches`` are TensorRT's, by what they hold for: flavour, version and device."""
 
     schema: int
     base: Base
     graphs: dict[str, Graph]
     tasks: dict[str, Task]
     versions: dict[str, str]
+    timing_caches: dict[str, File] = {}
 
 
 @dataclass(frozen=True)
@@ -159,6 +174,12 @@ class Bundle:
     def graph(self, task: Task) -> Graph:
         """The graph that the task shares with those of the same head."""
         return self.manifest.graphs[task.graph]
+
+    def weights_sha256(self, task: Task | None = None) -> str:
+        """What an engine's weights are told by: the base's checkpoint and precision, and what the task adds (None: nothing)."""
+        base = self.manifest.base
+        added = [*(file.sha256 for file in task.own_weights), task.adapter_sha256] if task else []
+        return hashlib.sha256(" ".join([base.sha256, base.precision, *added]).encode()).hexdigest()
 
     def present(self, file: File) -> Path:
         """The file's path, after its size was compared. Raises BundleError when it is missing or of another size."""
@@ -209,7 +230,8 @@ def task_files(task: Task) -> Iterator[File]:
 
 def all_files(manifest: Manifest) -> Iterator[File]:
     """Every file that the manifest names."""
-    yield from (*manifest.base.weights, *manifest.base.files)
+    yield from (*manifest.base.weights, *manifest.base.files, *manifest.timing_caches.values())
+    yield from (engine.file for graph in manifest.graphs.values() for engine in graph.engines.values() if engine.file is not None)
     for task in manifest.tasks.values():
         yield from task_files(task)
 

@@ -31,7 +31,7 @@ def rtx_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
     """The tiny bundle with a TensorRT-RTX engine of its task, for 8.9. Tests that change it use ``rtx_copy``."""
     pytest.importorskip("tensorrt_rtx")
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path_factory.mktemp("rtx") / "bundle"))
-    build(path, "first", "tensorrt-rtx", BuildOptions("8.9"))
+    build(path, "first", "tensorrt-rtx", BuildOptions(("8.9",)))
     return path
 
 

@@ -63,7 +63,7 @@ def test_engines_of_two_backends_stand_side_by_side(rtx_copy: Path):
 
 def test_rebuild_replaces_the_old_plan_and_nothing_else(rtx_copy: Path):
     before, old = contents(rtx_copy), plans(rtx_copy)
-    engine = build(rtx_copy, "first", "tensorrt-rtx", BuildOptions("12.0")).engine
+    engine = build(rtx_copy, "first", "tensorrt-rtx", BuildOptions(("12.0",))).engine
     assert plans(rtx_copy) == [engine.file.path] != old
     assert open_bundle(rtx_copy).task("first").engines["tensorrt-rtx"].target == "12.0"
     after = contents(rtx_copy)
@@ -75,16 +75,16 @@ def test_rebuild_replaces_the_old_plan_and_nothing_else(rtx_copy: Path):
 
 def test_same_build_again_changes_no_byte(rtx_copy: Path):
     before = contents(rtx_copy)
-    build(rtx_copy, "first", "tensorrt-rtx", BuildOptions("8.9"))
+    build(rtx_copy, "first", "tensorrt-rtx", BuildOptions(("8.9",)))
     assert contents(rtx_copy) == before
 
 
 @pytest.mark.parametrize(
     ("task", "options", "error"),
     [
-        ("first", BuildOptions("9.0"), EngineError),
-        ("first", BuildOptions("8.9", {"batch": AxisRange(1, 1, 1)}), EngineError),
-        ("first", BuildOptions("7.5"), EngineError),
+        ("first", BuildOptions(("9.0",)), EngineError),
+        ("first", BuildOptions(("8.9",), ({"batch": AxisRange(1, 1, 1)},)), EngineError),
+        ("first", BuildOptions(("7.5",)), EngineError),
         ("second", DEFAULTS, BundleError),
     ],
 )
@@ -98,7 +98,7 @@ def test_failed_build_leaves_the_bundle_as_it_was(rtx_copy: Path, task: str, opt
 def test_plan_that_cannot_be_written_leaves_the_bundle_as_it_was(rtx_copy: Path):
     before = contents(rtx_copy)
     with files_of_at_most(1_000_000), pytest.raises(BundleError, match=r"can't be written \(File too large\); the bundle is as it was before"):
-        build(rtx_copy, "first", "tensorrt-rtx", BuildOptions("12.0"))
+        build(rtx_copy, "first", "tensorrt-rtx", BuildOptions(("12.0",)))
     assert contents(rtx_copy) == before
 
 
@@ -118,7 +118,7 @@ def test_damaged_weights_are_found_before_anything_is_built(tiny_copy: Path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
     steps: list[str] = []
     with pytest.raises(BundleError, match=r"first-\w+\.safetensors: content does not match"):
-        build(tiny_copy, "first", "onnxruntime", DEFAULTS, steps.append)
+        build(tiny_copy, "first", "onnxruntime", DEFAULTS, progress=lambda step, share=None: steps.append(step))
     assert steps == []
 
 
@@ -129,12 +129,12 @@ def test_default_ranges_stay_within_what_the_base_takes(rtx_copy: Path):
 
 
 def upto(longest: int) -> BuildOptions:
-    return replace(DEFAULTS, axes={"batch": AxisRange(1, 1, 8), "sequence": AxisRange(1, longest, longest)})
+    return replace(DEFAULTS, profiles=({"batch": AxisRange(1, 1, 8), "sequence": AxisRange(1, longest, longest)},))
 
 
 def test_task_exported_while_an_engine_is_built_stays_in_the_manifest(tiny_copy: Path, tiny_base: Path, write_adapter):
     request = Request(tiny_base, write_adapter(seed=1), "second")
-    build(tiny_copy, "first", "onnxruntime", DEFAULTS, lambda step: export_task(request, tiny_copy))
+    build(tiny_copy, "first", "onnxruntime", DEFAULTS, progress=lambda step, share=None: export_task(request, tiny_copy))
     tasks = open_bundle(tiny_copy).manifest.tasks
     assert (list(tasks), list(tasks["first"].engines)) == (["first", "second"], ["onnxruntime"])
 
@@ -142,7 +142,7 @@ def test_task_exported_while_an_engine_is_built_stays_in_the_manifest(tiny_copy:
 def test_build_of_one_task_leaves_the_others_engines(rtx_copy: Path, tiny_base: Path, write_adapter):
     export_task(Request(tiny_base, write_adapter(seed=1), "second"), rtx_copy)
     first = open_bundle(rtx_copy).task("first")
-    second = build(rtx_copy, "second", "tensorrt-rtx", BuildOptions("8.9")).engine
+    second = build(rtx_copy, "second", "tensorrt-rtx", BuildOptions(("8.9",))).engine
     assert open_bundle(rtx_copy).task("first") == first
     assert plans(rtx_copy) == sorted([first.engines["tensorrt-rtx"].file.path, second.file.path])
 

@@ -114,7 +114,7 @@ def test_the_tensorrt_rtx_builder_builds_it(request: pytest.FixtureRequest, kind
     pytest.importorskip("tensorrt_rtx")
     bundle = request.getfixturevalue(kind)
     (task,) = bundle.manifest.tasks
-    assert build(bundle.path, task, "tensorrt-rtx", BuildOptions("8.9")).size > 10_000
+    assert build(bundle.path, task, "tensorrt-rtx", BuildOptions(("8.9",))).size > 10_000
 
 
 def test_random_inputs_of_a_decoder_go_together(language: Bundle):

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from engines.backends import BuildOptions, Model
+from engines.backends import BuildOptions, Model, unheard
 from engines.backends.onnxruntime import OnnxRuntime
 from engines.runtime import task_model
 from exporter.bundle.manifest import Bundle
@@ -72,9 +72,9 @@ def test_folder_without_the_weights_is_refused_by_name(tiny_model: Model, tmp_pa
         OnnxRuntime().load(replace(tiny_model, folder=tmp_path), None)
 
 
-def test_compute_capability_is_refused(tiny_model: Model):
-    with pytest.raises(EngineError, match="no compute capability"):
-        OnnxRuntime().build(tiny_model, BuildOptions("8.9"), lambda step: None)
+def test_builders_options_are_refused(tiny_model: Model):
+    with pytest.raises(EngineError, match="compiles nothing ahead"):
+        OnnxRuntime().build(tiny_model, BuildOptions(("8.9",)), unheard)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads through /proc")

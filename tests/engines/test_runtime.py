@@ -111,16 +111,24 @@ def test_missing_plan_is_refused_by_name(rtx_copy: Path):
         engines.load(rtx_copy, "first", "tensorrt-rtx")
 
 
-@pytest.mark.parametrize("backend", ["tensorrt-rtx", "onnxruntime"])
-def test_engine_of_an_earlier_export_is_refused_by_name(rtx_copy: Path, backend: str):
-    """What a build that ran beside an export leaves behind: a record that names another model."""
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_sha256": "0" * 64}, "it was built from an earlier export of the task"),
+        ({"weights_sha256": "0" * 64}, "it was built from an earlier export of the task"),
+        ({"version": "0.9"}, r"it was built by version 0\.9, and this is \d+\.\d+[\d.]*"),
+    ],
+)
+def test_engine_of_another_export_or_version_is_refused_by_name(rtx_copy: Path, change: dict[str, str], said: str):
+    """What a build that ran beside an export leaves behind, and what an update of the library does."""
     manifest = open_bundle(rtx_copy).manifest
     record = manifest.tasks["first"]
-    stale = msgspec.structs.replace(record.engines["tensorrt-rtx"], backend=backend, model_sha256="0" * 64)
-    manifest.tasks["first"] = msgspec.structs.replace(record, engines={backend: stale})
+    stale = msgspec.structs.replace(record.engines["tensorrt-rtx"], **change)
+    manifest.tasks["first"] = msgspec.structs.replace(record, engines={"tensorrt-rtx": stale})
     (rtx_copy / "manifest.json").write_bytes(encode(manifest))
-    with pytest.raises(EngineError, match=f"the {backend} engine of 'first' was built from an earlier export of the task; build it again"):
-        engines.load(rtx_copy, "first", backend)
+    command = f"lorafuse build {rtx_copy} --task first --backend tensorrt-rtx"
+    with pytest.raises(EngineError, match=f"\\A{rtx_copy}: the tensorrt-rtx engine of 'first' can't be used: {said}; run '{command}'\\Z"):
+        engines.load(rtx_copy, "first", "tensorrt-rtx")
 
 
 def test_package_has_no_other_attributes():

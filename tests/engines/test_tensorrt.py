@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.backends import AxisRange, Backend, BuildOptions, Model, NoDeviceError, Plan, backend
+from engines.backends import AxisRange, Backend, BuildOptions, Model, NoDeviceError, Plan, backend, unheard
 from engines.runtime import task_model
 from exporter.arms import unadapted_graph
 from exporter.bundle.manifest import Bundle
@@ -35,7 +35,7 @@ def movies(real_bundle: Bundle) -> Model:
 
 @pytest.fixture(scope="session")
 def build(rtx: Backend) -> Callable[..., Plan]:
-    return lambda model, capability="8.9", axes=AXES: rtx.build(model, BuildOptions(capability, axes), lambda step: None)
+    return lambda model, capability="8.9", axes=AXES: rtx.build(model, BuildOptions((capability,) if capability is not None else (), (axes,)), unheard)
 
 
 @pytest.fixture(scope="session")
@@ -80,9 +80,17 @@ def found(matrix: Array, plan: Plan) -> float:
 
 
 def test_steps_are_reported_in_order(rtx: Backend, tiny_bundle: Bundle):
-    steps: list[str] = []
-    rtx.build(task_model(tiny_bundle, "first"), BuildOptions("8.9", AXES | {"sequence": AxisRange(1, 16, 64)}), steps.append)
-    assert steps == ["parsing the model", "building the engine"]
+    steps: list[tuple[str, float | None]] = []
+
+    def heard(step: str, share: float | None = None) -> None:
+        steps.append((step, share))
+
+    rtx.build(task_model(tiny_bundle, "first"), BuildOptions(("8.9",), (AXES | {"sequence": AxisRange(1, 16, 64)},)), heard)
+    assert steps[:2] == [("parsing the model", None), ("building the engine", None)]
+    shares = [share for _, share in steps[2:]]
+    assert len(shares) > 3
+    assert all(0 < share <= 1 for share in shares)
+    assert shares[-1] == 1
 
 
 @pytest.mark.parametrize("capability", ["9.0", "8.9.0", "SM89", "89", ""])
@@ -101,7 +109,7 @@ def test_what_the_builder_says_reaches_the_error(movies: Model, build: Callable[
 
 @pytest.mark.parametrize("sequence", [AxisRange(200, 128, 256), AxisRange(1, 300, 256), AxisRange(64, 64, 1)])
 def test_impossible_axis_range_is_refused(movies: Model, build: Callable[..., Plan], sequence: AxisRange):
-    with pytest.raises(EngineError, match=r"optimization profile is not valid .*sequence.*MIN<=OPT<=MAX"):
+    with pytest.raises(EngineError, match=r"optimization profile is not valid \(.*sequence \d+\.\.\d+\.\.\d+\).*MIN<=OPT<=MAX"):
         build(movies, axes={**AXES, "sequence": sequence})
 
 
