@@ -110,9 +110,20 @@ def test_a_path_that_leaves_the_bundle_is_its_manifest_or_unprintable_is_refused
         open_bundle(tiny_copy)
 
 
-def test_an_engines_path_is_held_to_the_same_rules(tiny_copy: Path):
-    engine = {"backend": "b", "version": "1", "target": "t", "model_sha256": "0", "file": {"path": "../plan", "size": 1, "sha256": "0"}}
-    edited(tiny_copy, lambda content: content["tasks"]["first"].update(engines={"b": engine}))
+LEADING_OUT = {"path": "../plan", "size": 1, "sha256": "0"}
+ENGINE = {"backend": "b", "version": "1", "target": "t", "model_sha256": "0", "weights_sha256": "0", "file": LEADING_OUT}
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        pytest.param(lambda content: content["tasks"]["first"].update(engines={"b": ENGINE}), id="a task's engine"),
+        pytest.param(lambda content: next(iter(content["graphs"].values())).update(engines={"b": ENGINE}), id="a graph's engine"),
+        pytest.param(lambda content: content.update(timing_caches={"any": LEADING_OUT}), id="a timing cache"),
+    ],
+)
+def test_an_engines_path_is_held_to_the_same_rules(tiny_copy: Path, add: Callable[[Any], None]):
+    edited(tiny_copy, add)
     with pytest.raises(BundleError, match=r"file path '\.\./plan' leaves the bundle"):
         open_bundle(tiny_copy)
 
