@@ -1,0 +1,8 @@
+"""Every architecture of the exporter, for the builder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "exporter"))  # for tiny_models

@@ -1,0 +1,75 @@
+"""Real TensorRT-RTX plans of every architecture that is exported, in every precision, for every target: built without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, Architecture, export, save_adapter, save_base
+
+from engines.backends import BuildOptions, Model, Plan, backend, unheard
+from engines.profiles import default_profiles
+from engines.runtime import task_model
+from exporter.arms import unadapted_graph
+from exporter.bundle.changes import base_stored, in_graph_order, own_stored
+from exporter.bundle.manifest import Bundle
+from lora.tensorfile import Array
+
+pytest.importorskip("tensorrt_rtx")
+
+TARGETS = {"8.6": ("8.6",), "8.9": ("8.9",), "12.0": ("12.0",), "portable": ()}
+# Every architecture in half precision, as a GPU is served; one of a kind in the others.
+OF_A_KIND = ("BERT SEQ_CLS", "DebertaV2 SEQ_CLS", "GPT2", "Llama", "T5", "ViT", "Whisper encoder")
+CASES = [("float16", name) for name in ARCHITECTURES] + [(precision, name) for precision in ("bfloat16", "float32") for name in OF_A_KIND]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task of an architecture in a precision."""
+
+    bundle: Bundle
+    merged: Model
+    base: Model
+
+    def built(self, model: Model, target: str = "portable") -> Plan:
+        graph = self.bundle.graph(self.bundle.task("adapted"))
+        options = BuildOptions(TARGETS[target], default_profiles(graph, self.bundle.manifest.base))
+        return backend("tensorrt-rtx").build(model, options, unheard)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    precision, name = request.param
+    architecture: Architecture = ARCHITECTURES[name]
+    folder = tmp_path_factory.mktemp("case")
+    base = save_base(architecture, folder / "base", getattr(torch, precision))
+    adapter = save_adapter(architecture, base, folder / "adapter")
+    bundle = export(architecture, base, adapter, "adapted", folder / "bundle", precision=precision).bundle
+    return Case(bundle, task_model(bundle, "adapted"), Model(unadapted_graph(bundle, "adapted").SerializeToString(), bundle.path))
+
+
+def test_builds_for_every_target_and_holds_the_merged_weights_alone(case: Case):
+    """The sizes are equal, and beside the weights the plans of the task and of the base hardly differ: RTX numbers its inner values anew in each build."""
+    plans = {target: case.built(case.merged, target) for target in TARGETS}
+    assert {target: plan.target for target, plan in plans.items()} == {target: target for target in TARGETS}
+    plan, base = plans["portable"].content, case.built(case.base).content
+    assert len(plan) == len(base)
+    merged, unadapted = own_stored(case.bundle, "adapted"), base_stored(case.bundle, "adapted")
+    changed = [name for name in merged if name in unadapted and merged[name].ndim == 2]
+    assert changed
+    for name in changed:
+        ours, bases = (in_graph_order(case.bundle, "adapted", {name: values[name]})[name] for values in (merged, unadapted))
+        assert (found(ours, plan), found(bases, plan)) == (1, 0), name
+        assert (found(ours, base), found(bases, base)) == (0, 1), name
+    differing = (np.frombuffer(plan, np.uint8) != np.frombuffer(base, np.uint8)).sum()
+    assert differing <= sum(merged[name].nbytes for name in changed) + 0.005 * len(plan)
+
+
+def found(matrix: Array, plan: bytes) -> float:
+    """The share of a few of the matrix's rows whose first values the plan holds, in whichever axis order it holds more of them.
+
+    The first values alone, because RTX may cut a matrix (GPT-2's queries, keys and values) and put the parts beside others.
+    """
+    return max(np.mean([np.ascontiguousarray(row[:16]).tobytes() in plan for row in order[:: len(order) // 4]]) for order in (matrix, matrix.T))
