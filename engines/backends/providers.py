@@ -51,6 +51,8 @@ def require_provider(ort: Any, runtime: Runtime) -> None:
 def add_provider(ort: Any, options: Any, runtime: Runtime, given: Mapping[str, str]) -> list[Any]:
     """What InferenceSession takes as ``providers``; a plugin's are put into ``options``. Raises NoDeviceError when a plugin has no device."""
     provider = PROVIDERS[runtime]
+    if runtime == "onnxruntime" and given:
+        raise EngineError(f"{provider.name} takes no options; '{next(iter(given))}' was given")
     if runtime != "onnxruntime-rtx":
         return [(provider.name, dict(given)), *provider.helpers]
     devices = _plugin_devices(ort)
