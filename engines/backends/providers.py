@@ -107,5 +107,6 @@ def _plugin_devices(ort: Any) -> list[Any]:
     try:
         ort.register_execution_provider_library(name, plugin.get_library_path())
     except Exception as error:  # the API raises classes of its own that share no root but Exception
-        raise EngineError(f"{name} can't be registered with ONNX Runtime {ort.__version__} ({' '.join(str(error).split())})") from error
+        kind = NoDeviceError if "libcuda.so.1" in str(error) else EngineError  # a driver's own library
+        raise kind(f"{name} can't be registered with ONNX Runtime {ort.__version__} ({' '.join(str(error).split())})") from error
     return [device for device in ort.get_ep_devices() if device.ep_name == name]

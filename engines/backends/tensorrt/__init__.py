@@ -30,7 +30,10 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 def api(flavour: Flavour) -> Any:
     """The flavour's module. Raises EngineError when its package is not installed."""
     try:
-        return importlib.import_module(flavour.replace("-", "_"))
+        module = importlib.import_module(flavour.replace("-", "_"))
+        if module.__file__ is None:
+            raise ImportError(f"{', '.join(module.__path__)} is a folder of that name")
+        return module
     except ImportError as error:
         raise EngineError(f"backend '{flavour}' is not installed ({error}); install lorafuse[{flavour}]") from error
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
 from engines.backends import AxisRange, Backend, BuildOptions, Model, NoDeviceError, Plan, backend, unheard
 from engines.runtime import task_model
@@ -19,6 +25,8 @@ from lora.tensorfile import Array
 pytest.importorskip("tensorrt_rtx")
 
 AXES = {"batch": AxisRange(1, 1, 8), "sequence": AxisRange(1, 128, 256)}
+SHAPES = {"--trt-min-shapes": "1,1", "--trt-opt-shapes": "1,128", "--trt-max-shapes": "8,256"}
+TINY = BuildOptions(("8.9",), ({"batch": AxisRange(1, 1, 8), "sequence": AxisRange(1, 16, 64)},))
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 ADAPTED = [f"bert.encoder.layer.{layer}.attention.self.{target}.weight" for layer in range(6) for target in ("query", "value")]
 
@@ -26,6 +34,11 @@ ADAPTED = [f"bert.encoder.layer.{layer}.attention.self.{target}.weight" for laye
 @pytest.fixture(scope="session")
 def rtx() -> Backend:
     return backend("tensorrt-rtx")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_bundle: Bundle) -> Model:
+    return task_model(tiny_bundle, "first")
 
 
 @pytest.fixture(scope="session")
@@ -134,3 +147,75 @@ def test_folder_without_the_weights_is_refused(movies: Model, build: Callable[..
 def test_load_asks_for_a_device_before_it_touches_the_plan(rtx: Backend, movies: Model, tmp_path: Path):
     with pytest.raises(NoDeviceError, match="on this machine"):
         rtx.load(movies, tmp_path / "no such plan")
+
+
+def small(*nodes: onnx.NodeProto, inputs: tuple[str | int, ...] = ("batch", 4)) -> Model:
+    """A model of ``nodes`` from x to y."""
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in (("x", inputs), ("y", None))]
+    graph = helper.make_graph(nodes, "small", values[:1], values[1:])
+    return Model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("acme", 1)]).SerializeToString(), Path())
+
+
+def test_an_operator_that_tensorrt_lacks_is_named(build: Callable[..., Plan]):
+    model = small(helper.make_node("Frobnicate", ["x"], ["y"], domain="acme", name="odd_one"))
+    with pytest.raises(EngineError, match=r"tensorrt_rtx [\d.]+: the parser refused the model: .*Frobnicate") as refused:
+        build(model)
+    assert "\n" not in str(refused.value)
+
+
+def test_several_capabilities_are_built_into_one_plan(rtx: Backend, tiny_model: Model):
+    one, two = (rtx.build(tiny_model, replace(TINY, compute_capabilities=capabilities), unheard) for capabilities in (("8.9",), ("8.6", "8.9")))
+    assert (one.target, two.target) == ("8.9", "8.6, 8.9")
+
+
+def test_a_decoders_two_profiles_make_one_plan(rtx: Backend, tiny_model: Model):
+    narrow = {"batch": AxisRange(1, 1, 1), "sequence": AxisRange(1, 1, 1)}
+    assert rtx.build(tiny_model, replace(TINY, profiles=(*TINY.profiles, narrow)), unheard).content != rtx.build(tiny_model, TINY, unheard).content
+
+
+@pytest.mark.usefixtures("no_device")
+@pytest.mark.parametrize("mode", ["refit", "stripped"])
+def test_weights_that_can_be_exchanged_need_a_device_and_the_builder_says_so(rtx: Backend, tiny_model: Model, mode: str):
+    with pytest.raises(EngineError, match=r"the builder returned no engine: .*CUDA") as refused:
+        rtx.build(tiny_model, replace(TINY, mode=mode, refittable=("classifier.weight",)), unheard)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_weight_that_the_model_lacks_cannot_be_made_refittable(rtx: Backend, tiny_model: Model):
+    with pytest.raises(EngineError, match=r"can't make weight 'no\.such' refittable; choose --mode rebuild"):
+        rtx.build(tiny_model, replace(TINY, mode="refit", refittable=("no.such",)), unheard)
+
+
+def test_full_tensorrts_compatibility_level_is_refused_by_rtx(rtx: Backend, tiny_model: Model):
+    with pytest.raises(EngineError, match="has no hardware compatibility level; without --compute-capability its plans run on any GPU from Ampere on"):
+        rtx.build(tiny_model, replace(TINY, compatible=True), unheard)
+
+
+def test_rtx_takes_no_timing_cache(rtx: Backend, tiny_model: Model):
+    assert rtx.timing_cache_key() is None
+    assert rtx.build(tiny_model, TINY, unheard).timing_cache is None
+
+
+def test_limits_are_taken(rtx: Backend, tiny_model: Model):
+    assert rtx.build(tiny_model, replace(TINY, workspace=10**8, optimization_level=1), unheard).content is not None
+
+
+def test_an_interrupt_ends_the_build(rtx: Backend, tiny_model: Model):
+    def interrupted(step: str, share: float | None = None) -> None:
+        if share is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rtx.build(tiny_model, TINY, interrupted)
+
+
+def test_polygraphy_builds_a_plan_of_the_same_size_from_the_same_model(real_bundle: Bundle, movies_plan: Plan, tmp_path: Path):
+    """An independent road through the same library, with the profile and the target that ours has."""
+    model = real_bundle.path / real_bundle.task("movies").model.path
+    shapes = {flag: [f"{name}:[{size}]" for name in ("input_ids", "attention_mask", "token_type_ids")] for flag, size in SHAPES.items()}
+    flags = ["--convert-to", "trt", "--strongly-typed", "--compute-capabilities", "8.9", *(word for flag in shapes for word in (flag, *shapes[flag]))]
+    command = [Path(sys.executable).with_name("polygraphy"), "convert", model, "-o", tmp_path / "plan", *flags]
+    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "plan").stat().st_size == pytest.approx(len(movies_plan.content), rel=1e-3)

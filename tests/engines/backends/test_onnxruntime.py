@@ -21,7 +21,7 @@ from exporter.bundle.manifest import Bundle
 from lora.errors import EngineError
 from lora.tensorfile import Array
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MAKE = "from engines.backends import backend; print(backend('onnxruntime').version())"
 
 

@@ -38,7 +38,7 @@ def test_a_plugin_that_is_not_installed_is_refused(tiny_bundle: Bundle):
 @pytest.mark.skipif(find_spec(PLUGIN) is None, reason="the plugin is not installed here")
 @pytest.mark.usefixtures("no_device")
 def test_a_plugin_without_a_device_says_so(tiny_bundle: Bundle):
-    with pytest.raises(NoDeviceError, match="NvTensorRTRTXExecutionProvider finds no device"):
+    with pytest.raises(NoDeviceError, match=r"NvTensorRTRTXExecutionProvider (finds no device|can't be registered .*libcuda)"):
         engines.load(tiny_bundle.path, "first", "onnxruntime-rtx")
 
 
