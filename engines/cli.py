@@ -38,14 +38,21 @@ def verify(
     bundle: BundlePath,
     task: TaskName,
     texts: Annotated[Path | None, typer.Option(help="File of real inputs, a text a line. Default: sentences that come with the package.")] = None,
+    engine: Annotated[
+        BackendChoice | None, typer.Option(help="Instead, hold the task's TensorRT engine against the unadapted base's, layer by layer and tactic by tactic.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Hold a task against its formula: float64, merged torch model, ONNX graph, engines.
 
-    Exit status 1 when a stage is out of its bound, or when the task does not differ from its base.
+    Exit status 1 when a stage is out of its bound, or when the task does not differ from its base. With --engine: when the engines differ in
+    more than weights.
 
     Example: lorafuse verify bundle --task movies --texts reviews.txt
     """
+    if engine is not None:
+        _compare_engines(bundle, task, engine, as_json)
+        return
     from engines.stages import runners
     from exporter.bundle.manifest import open_bundle
     from exporter.verify import verify as verify_task
@@ -72,6 +79,23 @@ def verify(
             + ("" if result.differs else f": NOT DIFFERENT from the base (least: {result.least_move:.1e})")
         )
     raise typer.Exit(DONE if result.passed else NO)
+
+
+def _compare_engines(bundle: Path, task: str, engine: BackendChoice, as_json: bool) -> None:
+    from engines.compared import compared
+    from exporter.bundle.manifest import open_bundle
+
+    with progress(f"compare {task}"):
+        found = compared(open_bundle(bundle), task, engine.value)
+    if as_json:
+        print_json({**asdict(found), "equal": found.equal})
+    else:
+        rows = [(str(one.position), one.field, one.one, one.other) for one in found.differences]
+        if rows:
+            print_table(f"{task}: where its engine and the unadapted base's differ", ("layer", "field", "task", "base"), rows)
+        same = "the same" if found.equal else "NOT THE SAME"
+        print(f"{found.layers} layers, plans of {found.size} and {found.base_size} bytes: {same} but for weights")
+    raise typer.Exit(DONE if found.equal else NO)
 
 
 @app.command()

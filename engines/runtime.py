@@ -70,6 +70,13 @@ def shared_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend, trus
     return plan
 
 
+def unadapted_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
+    """The plan of the unadapted graph under the task, as it was built."""
+    if engine.weights_sha256 != bundle.weights_sha256():
+        raise _refused(bundle, task, engine, "it was built from another base")
+    return _plan(bundle, task, engine, chosen)
+
+
 def _plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
     assert engine.file is not None
     plan = bundle.checked(engine.file)

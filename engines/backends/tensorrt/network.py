@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def build_plan(trt: Any, model: Model, options: BuildOptions, progress: Progress) -> Plan:
     """Build ``model``. Raises EngineError with the library's words, NoDeviceError where the flavour builds on its device only."""
-    if builds_for_this_device(trt):
+    if builds_for_this_device(trt) or options.mode != "rebuild":  # RTX compiles kernels for such a plan on the device, and without one fails beside its log
         from engines.backends.tensorrt.cuda import require_device
 
         require_device()

@@ -175,15 +175,9 @@ def test_a_decoders_two_profiles_make_one_plan(rtx: Backend, tiny_model: Model):
 
 @pytest.mark.usefixtures("no_device")
 @pytest.mark.parametrize("mode", ["refit", "stripped"])
-def test_weights_that_can_be_exchanged_need_a_device_and_the_builder_says_so(rtx: Backend, tiny_model: Model, mode: str):
-    with pytest.raises(EngineError, match=r"the builder returned no engine: .*CUDA") as refused:
+def test_weights_that_can_be_exchanged_need_a_device(rtx: Backend, tiny_model: Model, mode: str):
+    with pytest.raises(NoDeviceError, match=r"no NVIDIA driver .*CUDA error 35"):
         rtx.build(tiny_model, replace(TINY, mode=mode, refittable=("classifier.weight",)), unheard)
-    assert "\n" not in str(refused.value)
-
-
-def test_a_weight_that_the_model_lacks_cannot_be_made_refittable(rtx: Backend, tiny_model: Model):
-    with pytest.raises(EngineError, match=r"can't make weight 'no\.such' refittable; choose --mode rebuild"):
-        rtx.build(tiny_model, replace(TINY, mode="refit", refittable=("no.such",)), unheard)
 
 
 def test_full_tensorrts_compatibility_level_is_refused_by_rtx(rtx: Backend, tiny_model: Model):
