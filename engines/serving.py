@@ -1,0 +1,141 @@
+"""One base and many tasks in one process: tasks are loaded when they are first asked for, and given up when memory is short."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Literal, Self
+
+from engines.backends import Model, Session, backend
+from engines.overridable import overridable
+from engines.pool import Pool
+from engines.runtime import task_model
+from engines.switch import changed_names, task_values
+from exporter.bundle.changes import base_stored
+from exporter.bundle.manifest import Bundle, open_bundle
+from lora.errors import EngineError
+from lora.tensorfile import Array
+
+Mode = Literal["dedicated", "resident"]
+Key = tuple[str, bool]  # a task, and whether its adapter counts
+
+
+class Runtime:
+    """The tasks of a bundle on ONNX Runtime's CPU provider. Use it as a context manager; every method may be called from any thread.
+
+    *Dedicated*: each task has a session of its own, as fast as the unadapted model; a first use takes as long as loading
+    a model. *Resident*: tasks of one graph share one session and hand it their tensors with every run; a task costs what
+    it changes and a switch nothing, but weights that may change are not prepacked, which costs latency
+    (``lorafuse bench --with resident`` measures it).
+    """
+
+    def __init__(self, bundle: Bundle, mode: Mode = "dedicated", threads: int | None = None, memory: int | None = None) -> None:
+        self._bundle, self._mode = bundle, mode
+        self._backend = backend("onnxruntime", threads)
+        self._owned, self._opening = ExitStack(), Lock()
+        self._shared: dict[str, Session] = {}  # by the digest of their graph, as are the names of what its tasks change
+        self._names: dict[str, frozenset[str]] = {}
+        self._sessions: Pool[Key, Session] = Pool(self._open, self._session_cost, lambda session: session.__exit__(None, None, None), memory)
+        self._values: Pool[Key, dict[str, Array]] = Pool(self._read, self._values_cost, lambda values: values.clear(), memory)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks that can be asked for."""
+        return tuple(sorted(self._bundle.manifest.tasks))
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The tasks that are loaded now, the longest unused first."""
+        held = self._sessions.held() if self._mode == "dedicated" else self._values.held()
+        return tuple(task for task, adapted in held if adapted)
+
+    def run(self, task: str, inputs: Mapping[str, Array], adapted: bool = True) -> dict[str, Array]:
+        """The task's outputs by name; without ``adapted``, those of the base under the task's head.
+
+        Raises BundleError when there is no such task or its files are damaged, EngineError when the inputs do not fit,
+        the memory budget can't hold the task, or the runtime was closed.
+        """
+        if self._mode == "dedicated":
+            with self._sessions.use((task, adapted)) as session:
+                return session.run(inputs)
+        with self._values.use((task, adapted)) as values:
+            return self._resident(task).run({**inputs, **values})
+
+    async def arun(self, task: str, inputs: Mapping[str, Array], adapted: bool = True) -> dict[str, Array]:
+        """``run`` in a thread of asyncio's pool. A cancelled call ends in the background, and its outputs are dropped."""
+        return await asyncio.to_thread(self.run, task, inputs, adapted)
+
+    def close(self) -> None:
+        """Wait for the runs in progress, then give all memory back."""
+        self._sessions.close()
+        self._values.close()
+        with self._opening:
+            self._shared.clear()
+            self._owned.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self, key: Key) -> Session:
+        task, adapted = key
+        model = task_model(self._bundle, task)
+        if not adapted:
+            values = task_values(self._bundle, task, changed_names(self._bundle, task), adapted=False)
+            model = Model(model.graph, model.folder, values)
+        return self._backend.load(model, None)
+
+    def _session_cost(self, key: Key) -> int:
+        """A session holds all the weights of its graph."""
+        record = self._bundle.task(key[0])
+        return sum(file.size for file in (*self._bundle.manifest.base.weights, *record.own_weights))
+
+    def _read(self, key: Key) -> dict[str, Array]:
+        task, adapted = key
+        return task_values(self._bundle, task, self._exchanged(self._bundle.task(task).graph), adapted)
+
+    def _values_cost(self, key: Key) -> int:
+        """What a task has in memory beside the base: its own tensors, merged or mapped."""
+        task, adapted = key
+        record = self._bundle.task(task)
+        stored = sum(file.size for file in record.own_weights)
+        if not adapted or record.store == "dense":
+            return stored
+        base = base_stored(self._bundle, task)
+        return stored + sum(base[name].nbytes for name in changed_names(self._bundle, task) if name in base)
+
+    def _resident(self, task: str) -> Session:
+        """The session that the tasks of this task's graph share."""
+        record = self._bundle.task(task)
+        with self._opening:
+            if record.graph not in self._shared:
+                values = task_values(self._bundle, task, self._exchanged(record.graph), adapted=False)
+                graph = overridable(self._bundle.checked(record.model).read_bytes(), values)
+                self._shared[record.graph] = self._owned.enter_context(self._backend.load(Model(graph, self._bundle.path), None))
+            return self._shared[record.graph]
+
+    def _exchanged(self, digest: str) -> frozenset[str]:
+        """What any task of the graph changes: with every run the session is given all of it."""
+        if digest not in self._names:
+            sharing = [name for name, record in self._bundle.manifest.tasks.items() if record.graph == digest]
+            self._names[digest] = frozenset[str]().union(*(changed_names(self._bundle, name) for name in sharing))
+        return self._names[digest]
+
+
+def open_runtime(bundle: str | Path, mode: Mode = "dedicated", threads: int | None = None, memory: int | None = None) -> Runtime:
+    """A runtime for the tasks of a bundle. ``threads`` bounds ONNX Runtime's, ``memory`` the bytes of weights that tasks may hold.
+
+    Raises BundleError when there is no bundle, EngineError when ``mode`` is unknown or ONNX Runtime is not installed.
+
+    >>> with open_runtime("bundle", mode="resident", memory=2**30) as runtime:  # doctest: +SKIP
+    ...     runtime.run("movies", {"input_ids": ids, "attention_mask": mask, "token_type_ids": types})["logits"]
+    """
+    if mode not in ("dedicated", "resident"):
+        raise EngineError(f"mode '{mode}' is not known; expected dedicated or resident")
+    return Runtime(open_bundle(Path(bundle)), mode, threads, memory)
