@@ -13,8 +13,6 @@ import onnxruntime
 import pytest
 
 from engines import load
-from engines.backends import BuildOptions
-from engines.build import build
 from exporter.bundle.changes import merged_at_load
 from exporter.bundle.check import check_bundle
 from exporter.bundle.listing import listing
@@ -22,7 +20,7 @@ from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.remove import remove_task
 from exporter.task import Request, add_task, export_task
 from exporter.verify import verify
-from lora.errors import AdapterError, BundleError, EngineError, ExportError
+from lora.errors import AdapterError, BundleError, ExportError
 from lora.tensorfile import Array, TensorFile
 
 
@@ -140,12 +138,6 @@ def test_an_engine_that_leaves_the_factors_out_is_not_within_the_bound(stored_bo
     bundle = open_bundle(stored_both_ways)
     plain = onnxruntime.InferenceSession(stored_both_ways / bundle.task("factors").model.path)
     assert not verify(bundle, "factors", [token_ids()], {"engine": lambda inputs: plain.run(None, dict(inputs))[0]}).passed
-
-
-def test_a_tensorrt_engine_wants_dense_weights(stored_both_ways: Path):
-    pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(EngineError, match=r"stored as factors, but an engine holds dense weights; export the task with --store dense"):
-        build(stored_both_ways, "factors", "tensorrt-rtx", BuildOptions("8.9"))
 
 
 # --- The base itself, and graphs that tasks share --------------------------------------------------------------------

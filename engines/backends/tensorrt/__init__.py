@@ -59,7 +59,7 @@ class TensorRT:
     def build(self, model: Model, options: BuildOptions, progress: Progress) -> Plan:
         """Build the plan, with weights to be exchanged where ``options.mode`` says so."""
         if model.values:
-            raise EngineError(f"{model.folder}: the task is stored as factors, but an engine holds dense weights; export the task with --store dense")
+            raise EngineError(f"{model.folder}: a builder takes weights from the model's files alone; write the {len(model.values)} other values there first")
         return build_plan(self._trt, model, options, progress)
 
     def runs(self, target: str) -> str | None:

@@ -213,3 +213,9 @@ def test_polygraphy_builds_a_plan_of_the_same_size_from_the_same_model(real_bund
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "plan").stat().st_size == pytest.approx(len(movies_plan.content), rel=1e-3)
+
+
+def test_weights_beside_the_models_files_are_refused(rtx: Backend, tiny_model: Model):
+    """They would be left out in silence."""
+    with pytest.raises(EngineError, match="takes weights from the model's files alone; write the 1 other values there first"):
+        rtx.build(replace(tiny_model, values={"classifier.bias": np.zeros(2, np.float32)}), TINY, unheard)
