@@ -88,6 +88,7 @@ class OnnxRuntimeSession:
     def __init__(self, session: Any) -> None:
         self._session = session
         self._inputs = {value.name: (_dtype(value.type), len(value.shape)) for value in session.get_inputs()}
+        self._overridable = {value.name for value in session.get_overridable_initializers()}
         self._outputs = [value.name for value in session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -98,8 +99,9 @@ class OnnxRuntimeSession:
             raise self._refusal(inputs, error) from error
 
     def _refusal(self, inputs: Mapping[str, Array], error: Exception) -> EngineError:
-        if inputs.keys() != self._inputs.keys():
-            return EngineError(f"inputs {sorted(inputs)} given; this engine takes exactly {sorted(self._inputs)}")
+        given = inputs.keys() - self._overridable
+        if given != self._inputs.keys():
+            return EngineError(f"inputs {sorted(given)} given; this engine takes exactly {sorted(self._inputs)}")
         for name, (dtype, rank) in self._inputs.items():
             values = inputs[name]
             if values.dtype != dtype or values.ndim != rank:

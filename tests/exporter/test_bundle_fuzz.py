@@ -36,7 +36,7 @@ def bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Pat
     (path / "engines").mkdir()
     (path / "engines/first.plan").write_bytes(b"a plan")
     first = manifest.tasks["first"]
-    engine = Engine("tensorrt", "10", "8.9", first.model.sha256, describe(path, "engines/first.plan"))
+    engine = Engine("tensorrt", "10", "8.9", first.model.sha256, "0" * 64, describe(path, "engines/first.plan"))
     base = msgspec.structs.replace(manifest.base, weights=(describe(path, weights),))
     tasks = {**manifest.tasks, "first": msgspec.structs.replace(first, engines={"tensorrt": engine})}
     (path / MANIFEST).write_bytes(encode(msgspec.structs.replace(manifest, base=base, tasks=tasks)))

@@ -192,7 +192,7 @@ def with_engine(bundle: Path) -> Engine:
     (bundle / "engines").mkdir()
     (bundle / "engines" / "first.plan").write_bytes(b"plan")
     manifest = open_bundle(bundle).manifest
-    engine = Engine("tensorrt", "10", "8.9", manifest.tasks["first"].model.sha256, describe(bundle, "engines/first.plan"))
+    engine = Engine("tensorrt", "10", "8.9", manifest.tasks["first"].model.sha256, "0" * 64, describe(bundle, "engines/first.plan"))
     task = msgspec.structs.replace(manifest.tasks["first"], engines={"tensorrt": engine})
     (bundle / "manifest.json").write_bytes(encode(msgspec.structs.replace(manifest, tasks={"first": task})))
     return engine

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from engines.latency.arms import Arms, arms_of
+from engines.latency.arms import RESERVED, Arms, arms_of
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.task import add_task
@@ -91,8 +93,86 @@ def test_a_file_that_cannot_be_an_arm_is_refused_by_name(tiny_bundle: Bundle, tm
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", [BASE, AGAIN, MERGED, UNMERGED, "resident"])
+@pytest.mark.parametrize("name", sorted(RESERVED))
 def test_a_name_that_is_taken_is_refused(tiny_bundle: Bundle, name: str):
     brought = tiny_bundle.path / tiny_bundle.task("first").model.path
     with pytest.raises(EngineError, match=f"\\Aarm '{name}': the name of an arm that is there anyway; choose another\\Z"):
-        arms_of(tiny_bundle, "first", 1, ["resident"], {name: brought})
+        arms_of(tiny_bundle, "first", 1, brought={name: brought})
+
+
+def own_model(bundle: Bundle) -> Path:
+    """The task's model file; its weights lie beside it."""
+    return bundle.path / bundle.task("first").model.path
+
+
+def edited(bundle: Bundle, path: Path, edit: Callable[[onnx.GraphProto], object]) -> Path:
+    """The task's model with something changed, as ``path``."""
+    model = onnx.load(own_model(bundle), load_external_data=False)
+    edit(model.graph)
+    onnx.save(model, path)
+    return path
+
+
+def refusal(bundle: Bundle, path: Path) -> str:
+    with pytest.raises((EngineError, BundleError)) as refused:
+        arms_of(bundle, "first", 1, brought={"mine": path})
+    assert str(refused.value).startswith(f"{path}: ")
+    assert str(refused.value).isprintable()  # and so is one line
+    return str(refused.value)
+
+
+def test_a_file_of_ones_own_is_read_in_its_own_folder(tiny_bundle: Bundle, tmp_path: Path, tokens: dict[str, Array]):
+    """With other weights than the bundle's, so that it shows whose are read."""
+    elsewhere = Path(shutil.copytree(tiny_bundle.path, tmp_path / "elsewhere"))
+    for file in (own_model(tiny_bundle).name, *(file.path for file in tiny_bundle.task("first").own_weights)):
+        assert (elsewhere / file).is_file()
+    weights = elsewhere / tiny_bundle.task("first").own_weights[0].path
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))  # zeros
+    found = outputs(arms_of(tiny_bundle, "first", 1, brought={"mine": elsewhere / own_model(tiny_bundle).name}), tokens)
+    assert np.abs(found["mine"] - found[MERGED]).max() > 1e-3
+
+
+def test_a_model_without_its_data_and_part_of_one_are_refused_before_anything_is_timed(tiny_bundle: Bundle, tmp_path: Path):
+    content = own_model(tiny_bundle).read_bytes()
+    (tmp_path / "alone.onnx").write_bytes(content)
+    assert "can't load the model (" in refusal(tiny_bundle, tmp_path / "alone.onnx")
+    for size in (0, len(content) // 2, len(content) - 5):
+        (tmp_path / "part.onnx").write_bytes(content[:size])
+        refusal(tiny_bundle, tmp_path / "part.onnx")
+
+
+def test_a_folder_is_no_model(tiny_bundle: Bundle, tmp_path: Path):
+    (tmp_path / "folder.onnx").mkdir()
+    assert "can't be read (Is a directory)" in refusal(tiny_bundle, tmp_path / "folder.onnx")
+
+
+def narrow(graph: onnx.GraphProto) -> None:
+    next(value for value in graph.input if value.name == "input_ids").type.tensor_type.elem_type = onnx.TensorProto.INT32
+
+
+def rename(graph: onnx.GraphProto) -> None:
+    graph.output[0].name = "scores"
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (narrow, "has the inputs attention_mask (int64), input_ids (int32), token_type_ids (int64); expected attention_mask (int64), input_ids (int64), "),
+        (rename, "has the outputs scores (float); expected logits (float), as the task has"),
+        (lambda graph: graph.ClearField("output"), "has the outputs none; expected logits (float), as the task has"),
+    ],
+    ids=["another type", "another output", "no output"],
+)
+def test_a_model_of_other_types_or_outputs_is_refused(tiny_bundle: Bundle, tmp_path: Path, edit: Callable[[onnx.GraphProto], object], said: str):
+    """A generation would stumble over them after the first set of sessions was opened."""
+    assert said in refusal(tiny_bundle, edited(tiny_bundle, tmp_path / "other.onnx", edit))
+
+
+def test_weights_that_are_listed_as_inputs_are_none(tiny_copy: Path, tokens: dict[str, Array]):
+    def list_weights(graph: onnx.GraphProto) -> None:
+        graph.input.extend(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in list(graph.initializer))
+
+    bundle = open_bundle(tiny_copy)
+    edited(bundle, tiny_copy / "mine.onnx", list_weights)
+    assert arms_of(bundle, "first", 1, brought={"mine": tiny_copy / "mine.onnx"}).arms[-1].name == "mine"

@@ -15,7 +15,7 @@ from reports import RATIOS, point, report
 
 import engines.latency.arms
 from engines.backends import Session
-from engines.latency.report import read_report, write_report
+from engines.latency.report import Load, read_report, write_report
 from engines.latency.verdict import MERGED
 from exporter.bundle.manifest import Bundle
 from lora.tensorfile import Array
@@ -112,10 +112,20 @@ def test_further_arms_are_timed_and_those_that_cannot_be_had_are_said(tiny_copy:
         (["--margin", "0"], "'0' is no share between 0.01% and 1000%, such as 1% or 0.01"),
         (["--margin", "inf"], "'inf' is no share"),
         (["--margin", "nan%"], "'nan%' is no share"),
+        (["--margin", "0.0099%"], "'0.0099%' is no share"),
+        (["--margin", "1000.1%"], "'1000.1%' is no share"),
+        (["--margin", "-1%"], "'-1%' is no share"),
+        (["--margin", "1%%"], "'1%%' is no share"),
         (["--gate", "one"], "'one' is no share"),
         (["--seconds", "nan"], "Invalid value for '--seconds'"),
         (["--with", "adapter-x"], "'adapter-x' is not one of 'resident', 'adapter-h', 'adapter-l'"),
         (["--arm", "pruned.onnx"], "--arm 'pruned.onnx': expected NAME=FILE, such as pruned=pruned.onnx"),
+        (["--arm", "=pruned.onnx"], "--arm '=pruned.onnx': expected NAME=FILE"),
+        (["--arm", "pruned="], "--arm 'pruned=': expected NAME=FILE"),
+        (["--arm", "pruned={tmp}/nope.onnx"], "{tmp}/nope.onnx: can't be read (No such file or directory)"),
+        (["--arm", "merged={tmp}/nope.onnx"], "arm 'merged': the name of an arm that is there anyway; choose another"),
+        (["--arm", "two\nlines=a.onnx"], "the name is no text that can be printed; choose another"),
+        (["--arm", b"\xff=a.onnx"], "the name is no text that can be printed; choose another"),
         (["--arm", "x=a.onnx", "--arm", "x=b.onnx"], "--arm 'x=b.onnx': the name is given twice; choose another"),
         (["--tokens", "4"], "task 'first' is of type SEQ_CLS and generates no tokens; leave --tokens out"),
         (["--length", "65"], "batch 1, length 65 is more than the 64 tokens that the base takes"),
@@ -126,8 +136,15 @@ def test_further_arms_are_timed_and_those_that_cannot_be_had_are_said(tiny_copy:
         ),
     ],
 )
-def test_bad_options_are_refused_in_one_line(fill: Callable[..., list[str]], arguments: list[str], said: str):
-    assert fill([said])[0] in refusal(*fill((*BENCH, *arguments)))
+def test_bad_options_are_refused_in_one_line(fill: Callable[..., list[str]], arguments: list[str | bytes], said: str):
+    filled = [argument if isinstance(argument, bytes) else fill([argument])[0] for argument in arguments]
+    assert fill([said])[0] in refusal(*fill(BENCH), *filled)
+
+
+@pytest.mark.parametrize("option", ["--out", "--html", "--markdown"])
+def test_what_cannot_be_written_is_said_before_anything_is_opened(tmp_path: Path, option: str):
+    message = refusal("bench", tmp_path / "no bundle", "--task", "first", option, tmp_path / "missing" / "file")
+    assert message.startswith(f"{tmp_path / 'missing' / 'file'}: can't be written (No such file or directory)")
 
 
 @pytest.mark.parametrize("command", ["verdict", "serve", "compare"])
@@ -178,3 +195,46 @@ def test_compare_tells_times_from_costs(reports: Callable[[float], tuple[Path, P
 def test_compare_refuses_what_is_no_report(tmp_path: Path):
     (tmp_path / "one.json").write_text("{}")
     assert "not a latency report" in refusal("bench", "compare", tmp_path / "one.json", tmp_path / "two.json")
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "can't be read (No such file or directory); give a report that 'lorafuse bench --out' wrote"),
+        (b"", "not a latency report ("),
+        (b"\xff\xfe\n\n", "not a latency report ("),
+        (b'{"schema": 99, "all": "else"}', "schema 99; this lorafuse reads 1; measure again, or read it with the lorafuse that wrote it"),
+    ],
+    ids=["missing", "empty", "garbage", "newer"],
+)
+def test_compare_names_the_one_that_it_cannot_read(reports: Callable[[float], tuple[Path, Path]], content: bytes | None, said: str, second: bool):
+    pair = reports(1)
+    pair[second].unlink()
+    if content is not None:
+        pair[second].write_bytes(content)
+    assert f"{pair[second]}: {said}" in refusal("bench", "compare", *pair)
+
+
+def test_compare_refuses_reports_without_a_load_in_common(reports: Callable[[float], tuple[Path, Path]]):
+    one, two = reports(1)
+    write_report(two, report(point(load=Load(4, 8))))
+    assert refusal("bench", "compare", one, two) == "the reports have no load and arm in common; measure the same batch and length twice"
+
+
+def test_compare_is_undecided_where_the_interval_crosses_the_margin(reports: Callable[[float], tuple[Path, Path]]):
+    found: Any = answer("bench", "compare", *reports(1.01), status=UNDECIDED)
+    assert "inconclusive" in {one["decision"] for one in found} <= {"inconclusive", "equivalent"}
+    answer("bench", "compare", *reports(1.01), "--margin", "10%", status=DONE)
+
+
+def test_serve_refuses_more_requests_than_can_be_kept(tiny_bundle: Bundle):
+    serve = ("bench", "serve", tiny_bundle.path, "--task", "first", "--length", "8")
+    assert "are more than 10,000,000; choose a lower rate or fewer seconds" in refusal(*serve, "--rate", "1000000", "--seconds", "1000000")
+    for option, value in (("--rate", "nan"), ("--rate", "0"), ("--seconds", "nan"), ("--workers", "0"), ("--workers", "1000000")):
+        assert f"Invalid value for '{option}'" in refusal(*serve, option, value)
+
+
+def test_options_may_come_before_the_bundle(tiny_bundle: Bundle):
+    done = lorafuse("bench", "--task", "first", "--length", "8", "--seconds", "0", "--gate", "900%", tiny_bundle.path)
+    assert (done.returncode, done.stderr) == (DONE, "")

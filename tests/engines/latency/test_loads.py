@@ -37,12 +37,24 @@ def test_a_decoder_also_makes_the_next_token_and_generates(tiny_bundle: Bundle):
 
 @pytest.mark.parametrize(
     ("length", "tokens", "said"),
-    [(65, 0, "batch 1, length 65 is more than the 64 tokens"), (60, 5, "batch 1, length 60, then 5 tokens generated is more than the 64 tokens")],
+    [
+        (65, 0, "batch 1, length 65 is more than the 64 tokens"),
+        (64, 0, "batch 1, length 1 after 64 is more than the 64 tokens"),
+        (60, 5, "batch 1, length 60, then 5 tokens generated is more than the 64 tokens"),
+    ],
 )
 def test_more_tokens_than_the_base_takes_are_refused(tiny_bundle: Bundle, length: int, tokens: int, said: str):
     with pytest.raises(EngineError, match=f"\\A{tiny_bundle.path}: {said} that the base takes\\Z"):
         loads_of(decoding(tiny_bundle), "first", [1], [length], tokens)
     assert loads_of(tiny_bundle, "first", [1], [64]) == [Load(1, 64)]
+    assert loads_of(decoding(tiny_bundle), "first", [1], [60], 4)[-1] == Load(1, 60, tokens=4)
+
+
+def test_pixels_have_a_size_of_their_own_whatever_lengths_are_given(tiny_bundle: Bundle):
+    task = tiny_bundle.task("first")
+    seen = msgspec.structs.replace(graph_of(tiny_bundle), inputs=(Port("pixel_values", "float32", ("batch", 3, 8, 8)),))
+    bundle = Bundle(tiny_bundle.path, msgspec.structs.replace(tiny_bundle.manifest, graphs={task.graph: seen}))
+    assert loads_of(bundle, "first", [1, 4], [128, 256]) == [Load(1, 128), Load(4, 128)]
 
 
 def test_tokens_are_not_asked_of_a_classifier(tiny_bundle: Bundle):

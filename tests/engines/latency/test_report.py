@@ -155,6 +155,7 @@ def test_report_of_another_kind_says_what_it_is(make_report: Callable[..., Repor
     ("change", "said"),
     [
         (lambda point: point["samples"].update(runs=[]), "do not go with its arms"),
+        (lambda point: point["samples"].update(runs=[[] for _ in point["samples"]["runs"]]), "do not go with its arms"),
         (lambda point: point["samples"]["runs"][2].pop(), "do not go with its arms"),
         (lambda point: point["samples"]["runs"][2][1].pop(), "do not go with its arms"),
         (lambda point: point["samples"]["opening"].pop(), "do not go with its arms"),
@@ -166,7 +167,7 @@ def test_report_of_another_kind_says_what_it_is(make_report: Callable[..., Repor
         (lambda point: point["samples"]["runs"][2][1].__setitem__(0, 10**30), "not a latency report ("),
         (lambda point: point.pop("samples"), "missing required field `samples`"),
     ],
-    ids=string.ascii_lowercase[:11],
+    ids=string.ascii_lowercase[:12],
 )
 def test_samples_that_are_not_whole_are_refused(make_report: Callable[..., Report], tmp_path: Path, change: Callable[[Any], object], said: str):
     """The second of two points; every figure of a comparison is taken from its samples."""
