@@ -4,14 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engines.runtime import load
+    from engines.serving import open_runtime as open  # noqa: A004 - as gzip.open: read with the name of its module
 
-__all__ = ["load"]
+__all__ = ["load", "open"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``load`` when it is asked for: the command line starts without numpy."""
-    if name == "load":
-        from engines.runtime import load
+    """Import what is asked for, then: the command line starts without numpy."""
+    match name:
+        case "load":
+            from engines.runtime import load
 
-        return load
+            return load
+        case "open":
+            from engines.serving import open_runtime
+
+            return open_runtime
     raise AttributeError(f"module 'engines' has no attribute '{name}'")

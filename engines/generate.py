@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-from engines.backends import Session
+from engines.backends import Runs
 from engines.inputs import CACHED
 from engines.text import base_config
 from exporter.bundle.manifest import Bundle, Graph
@@ -15,7 +15,7 @@ from lora.errors import EngineError
 from lora.tensorfile import Array
 
 
-def greedy(session: Session, inputs: Mapping[str, Array], limit: int, stop: AbstractSet[int] = frozenset()) -> list[list[int]]:
+def greedy(session: Runs, inputs: Mapping[str, Array], limit: int, stop: AbstractSet[int] = frozenset()) -> list[list[int]]:
     """The next tokens of each row of ``inputs`` (as ``TextEncoder.encode`` gives them, padded on the left), always the likeliest.
 
     A row ends after ``limit`` tokens, or with the first token of ``stop``, which is left out. Raises EngineError when the

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Literal, Self
 
-from engines.backends import Model, Session, backend
+from engines.backends import Model, Runs, Session, backend
 from engines.overridable import overridable
 from engines.pool import Pool
 from engines.runtime import task_model
 from engines.switch import changed_names, task_values
 from exporter.bundle.changes import base_stored
 from exporter.bundle.manifest import Bundle, open_bundle
-from lora.errors import EngineError
+from lora.errors import EngineError, LorafuseError
 from lora.tensorfile import Array
 
 Mode = Literal["dedicated", "resident"]
 Key = tuple[str, bool]  # a task, and whether its adapter counts
+
+
+@dataclass(frozen=True)
+class _Switched:
+    """A session that tasks share, and the weights that make it one of them."""
+
+    session: Session
+    values: Mapping[str, Array]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return self.session.run({**inputs, **self.values})
 
 
 class Runtime:
@@ -53,17 +65,24 @@ class Runtime:
         held = self._sessions.held() if self._mode == "dedicated" else self._values.held()
         return tuple(task for task, adapted in held if adapted)
 
-    def run(self, task: str, inputs: Mapping[str, Array], adapted: bool = True) -> dict[str, Array]:
-        """The task's outputs by name; without ``adapted``, those of the base under the task's head.
+    @contextmanager
+    def use(self, task: str, adapted: bool = True) -> Iterator[Runs]:
+        """The task, kept loaded for as long as the block lasts; without ``adapted``, the base under the task's head.
 
-        Raises BundleError when there is no such task or its files are damaged, EngineError when the inputs do not fit,
-        the memory budget can't hold the task, or the runtime was closed.
+        Raises BundleError when there is no such task or its files are damaged, EngineError when the memory budget can't
+        hold the task or the runtime was closed. Where other blocks hold the memory, it waits for them to end.
         """
         if self._mode == "dedicated":
             with self._sessions.use((task, adapted)) as session:
-                return session.run(inputs)
-        with self._values.use((task, adapted)) as values:
-            return self._resident(task).run({**inputs, **values})
+                yield session
+        else:
+            with self._values.use((task, adapted)) as values:
+                yield _Switched(self._resident(task), values)
+
+    def run(self, task: str, inputs: Mapping[str, Array], adapted: bool = True) -> dict[str, Array]:
+        """The task's outputs by name. Raises as ``use`` does, and EngineError when the inputs do not fit."""
+        with self.use(task, adapted) as loaded:
+            return loaded.run(inputs)
 
     async def arun(self, task: str, inputs: Mapping[str, Array], adapted: bool = True) -> dict[str, Array]:
         """``run`` in a thread of asyncio's pool. A cancelled call ends in the background, and its outputs are dropped."""
@@ -98,7 +117,11 @@ class Runtime:
 
     def _read(self, key: Key) -> dict[str, Array]:
         task, adapted = key
-        return task_values(self._bundle, task, self._exchanged(self._bundle.task(task).graph), adapted)
+        names = self._exchanged(self._bundle.task(task).graph)
+        values = task_values(self._bundle, task, names, adapted)
+        if beyond := sorted(changed_names(self._bundle, task) - names):
+            raise EngineError(f"task '{task}' could not be read when the runtime opened its graph, and changes '{beyond[0]}'; open the runtime again")
+        return values
 
     def _values_cost(self, key: Key) -> int:
         """What a task has in memory beside the base: its own tensors, merged or mapped."""
@@ -124,8 +147,15 @@ class Runtime:
         """What any task of the graph changes: with every run the session is given all of it."""
         if digest not in self._names:
             sharing = [name for name, record in self._bundle.manifest.tasks.items() if record.graph == digest]
-            self._names[digest] = frozenset[str]().union(*(changed_names(self._bundle, name) for name in sharing))
+            self._names.setdefault(digest, frozenset[str]().union(*(self._changed_if_sound(name) for name in sharing)))
         return self._names[digest]
+
+    def _changed_if_sound(self, task: str) -> frozenset[str]:
+        """A damaged task harms no other; who asks for it is told."""
+        try:
+            return changed_names(self._bundle, task)
+        except LorafuseError:
+            return frozenset()
 
 
 def open_runtime(bundle: str | Path, mode: Mode = "dedicated", threads: int | None = None, memory: int | None = None) -> Runtime:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from exporter.bundle.changes import base_stored, brought_whole, bundled_changes, in_graph_order, merged_at_load, own_stored
+from exporter.bundle.changes import base_stored, brought_whole, bundled_changes, in_graph_order, merged_at_load, own_names, own_stored
 from exporter.bundle.manifest import Bundle
 from lora.errors import BundleError
 from lora.tensorfile import Array
@@ -13,7 +13,7 @@ from lora.tensorfile import Array
 def changed_names(bundle: Bundle, task: str) -> frozenset[str]:
     """The parameters whose values are the task's and not the base's."""
     merged = bundled_changes(bundle, task) if bundle.task(task).store == "factors" else {}
-    return frozenset(own_stored(bundle, task)) | {name for name, changes in merged.items() if not brought_whole(changes)}
+    return own_names(bundle, task) | {name for name, changes in merged.items() if not brought_whole(changes)}
 
 
 def task_values(bundle: Bundle, task: str, names: Iterable[str], adapted: bool = True) -> dict[str, Array]:

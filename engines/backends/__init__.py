@@ -83,12 +83,16 @@ class Plan:
     timing_cache: bytes | None = None
 
 
-class Session(Protocol):
-    """A loaded engine. It owns memory: use it as a context manager."""
+class Runs(Protocol):
+    """What is loaded and answers, whoever owns it."""
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs by name. Raises EngineError when an input is missing, unknown, or of a wrong dtype or rank."""
         ...
+
+
+class Session(Runs, Protocol):
+    """A loaded engine. It owns memory: use it as a context manager."""
 
     def __enter__(self) -> Self: ...
 

@@ -35,6 +35,12 @@ def own_stored(bundle: Bundle, task: str) -> ModelWeights:
     return _opened(bundle, task, bundle.task(task).own_weights)
 
 
+def own_names(bundle: Bundle, task: str) -> frozenset[str]:
+    """The names of ``own_stored``, from the file's header alone: nothing is hashed, for no value is read."""
+    files = [TensorFile(bundle.present(file)) for file in bundle.task(task).own_weights]
+    return frozenset(ModelWeights(files, bundle.graph(bundle.task(task)).weights))
+
+
 def _opened(bundle: Bundle, task: str, files: Iterable[File]) -> ModelWeights:
     return ModelWeights([TensorFile(bundle.checked(file)) for file in files], bundle.graph(bundle.task(task)).weights)
 

@@ -131,6 +131,39 @@ def test_a_task_whose_file_is_gone_or_damaged_harms_no_other(bundle: Path, runti
     np.testing.assert_allclose(runtime.run("other", tokens)["logits"], alone["other"], atol=1e-5)
 
 
+def test_a_damaged_task_harms_none_that_is_asked_for_first(bundle: Path, runtime: Runtime, tokens: dict[str, Array], alone: dict[str, Array]):
+    (bundle / open_bundle(bundle).task("dense").weights.path).unlink()
+    np.testing.assert_allclose(runtime.run("first", tokens)["logits"], alone["first"], atol=1e-5)
+    with pytest.raises(BundleError, match="missing from the bundle"):
+        runtime.run("dense", tokens)
+
+
+def test_a_task_that_comes_back_and_changes_more_asks_for_a_new_session(bundle: Path, write_adapter, tokens: dict[str, Array]):
+    """A resident session lets be exchanged what the tasks changed that could be read when it was opened."""
+    module = "base_model.model.bert.encoder.layer.0.attention.self.key"
+    key = {f"{module}.lora_A.weight": np.ones((4, 32)), f"{module}.lora_B.weight": np.ones((32, 4))}
+    add_task(bundle, write_adapter("further", tensors=key, config={"target_modules": ["query", "key", "value"]}), "wider")
+    file = bundle / open_bundle(bundle).task("wider").weights.path
+    file.rename(bundle / "aside")
+    with open_runtime(bundle, "resident", threads=1) as runtime:
+        runtime.run("first", tokens)
+        (bundle / "aside").rename(file)
+        with pytest.raises(EngineError, match=r"'wider' could not be read when the runtime opened its graph, and changes '.*key.*'; open the runtime again"):
+            runtime.run("wider", tokens)
+    with open_runtime(bundle, "resident", threads=1) as runtime:
+        runtime.run("wider", tokens)
+
+
+def test_a_task_in_hand_stays_until_it_is_put_down(bundle: Path, mode: Mode, tokens: dict[str, Array], alone: dict[str, Array]):
+    with open_runtime(bundle, mode, threads=1, memory=cost(bundle, mode, "dense")) as runtime, ThreadPoolExecutor(1) as other:
+        with runtime.use("dense") as dense:
+            waiting = other.submit(runtime.run, "first", tokens)  # there is room for one
+            np.testing.assert_allclose(dense.run(tokens)["logits"], alone["dense"], atol=1e-5)
+            assert runtime.loaded == ("dense",)
+            assert not waiting.done()
+        np.testing.assert_allclose(waiting.result(60)["logits"], alone["first"], atol=1e-5)
+
+
 def test_a_closed_runtime_refuses(bundle: Path, mode: Mode, tokens: dict[str, Array]):
     with open_runtime(bundle, mode) as runtime:
         runtime.run("first", tokens)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import exporter.bundle.manifest
 from exporter.bundle.manifest import SCHEMA, Bundle, all_files, check_task_name, encode, open_bundle, task_files
 from lora.errors import BundleError
+from lora.tensorfile import file_sha256
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -186,6 +189,26 @@ def test_a_damaged_file_is_refused_by_name(tiny_copy: Path, damage: Callable[[Pa
     model = bundle.task("first").model
     damage(bundle.checked(model))
     with pytest.raises(BundleError, match=f"{model.path}: .*{words}.*; export the task again"):
+        bundle.checked(model)
+
+
+def test_a_file_is_hashed_again_only_when_it_may_have_changed(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch):
+    hashed: list[Path] = []
+    monkeypatch.setattr(exporter.bundle.manifest, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    bundle = open_bundle(tiny_copy)
+    model = bundle.task("first").model
+    bundle.checked(model)
+    bundle.checked(model)
+    assert len(hashed) == 2  # it was written a moment ago, and may be written again before the file system's clock moves
+    monkeypatch.setattr(exporter.bundle.manifest, "CLOCK_STEP", 0)
+    bundle.checked(model)
+    bundle.checked(model)
+    assert len(hashed) == 3
+    time.sleep(0.02)  # a step of the clock
+    path, times = tiny_copy / model.path, (tiny_copy / model.path).stat()
+    flip(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # a time that can be set does not hide it
+    with pytest.raises(BundleError, match="content does not match"):
         bundle.checked(model)
 
 
