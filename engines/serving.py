@@ -46,7 +46,7 @@ class Runtime:
     """
 
     def __init__(self, bundle: Bundle, mode: Mode = "dedicated", threads: int | None = None, memory: int | None = None) -> None:
-        self._bundle, self._mode = bundle, mode
+        self.bundle, self._mode = bundle, mode
         self._backend = backend("onnxruntime", threads)
         self._owned, self._opening = ExitStack(), Lock()
         self._shared: dict[str, Session] = {}  # by the digest of their graph, as are the names of what its tasks change
@@ -57,7 +57,7 @@ class Runtime:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks that can be asked for."""
-        return tuple(sorted(self._bundle.manifest.tasks))
+        return tuple(sorted(self.bundle.manifest.tasks))
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -104,56 +104,56 @@ class Runtime:
 
     def _open(self, key: Key) -> Session:
         task, adapted = key
-        model = task_model(self._bundle, task)
+        model = task_model(self.bundle, task)
         if not adapted:
-            values = task_values(self._bundle, task, changed_names(self._bundle, task), adapted=False)
+            values = task_values(self.bundle, task, changed_names(self.bundle, task), adapted=False)
             model = Model(model.graph, model.folder, values)
         return self._backend.load(model, None)
 
     def _session_cost(self, key: Key) -> int:
         """A session holds all the weights of its graph."""
-        record = self._bundle.task(key[0])
-        return sum(file.size for file in (*self._bundle.manifest.base.weights, *record.own_weights))
+        record = self.bundle.task(key[0])
+        return sum(file.size for file in (*self.bundle.manifest.base.weights, *record.own_weights))
 
     def _read(self, key: Key) -> dict[str, Array]:
         task, adapted = key
-        names = self._exchanged(self._bundle.task(task).graph)
-        values = task_values(self._bundle, task, names, adapted)
-        if beyond := sorted(changed_names(self._bundle, task) - names):
+        names = self._exchanged(self.bundle.task(task).graph)
+        values = task_values(self.bundle, task, names, adapted)
+        if beyond := sorted(changed_names(self.bundle, task) - names):
             raise EngineError(f"task '{task}' could not be read when the runtime opened its graph, and changes '{beyond[0]}'; open the runtime again")
         return values
 
     def _values_cost(self, key: Key) -> int:
         """What a task has in memory beside the base: its own tensors, merged or mapped."""
         task, adapted = key
-        record = self._bundle.task(task)
+        record = self.bundle.task(task)
         stored = sum(file.size for file in record.own_weights)
         if not adapted or record.store == "dense":
             return stored
-        base = base_stored(self._bundle, task)
-        return stored + sum(base[name].nbytes for name in changed_names(self._bundle, task) if name in base)
+        base = base_stored(self.bundle, task)
+        return stored + sum(base[name].nbytes for name in changed_names(self.bundle, task) if name in base)
 
     def _resident(self, task: str) -> Session:
         """The session that the tasks of this task's graph share."""
-        record = self._bundle.task(task)
+        record = self.bundle.task(task)
         with self._opening:
             if record.graph not in self._shared:
-                values = task_values(self._bundle, task, self._exchanged(record.graph), adapted=False)
-                graph = overridable(self._bundle.checked(record.model).read_bytes(), values)
-                self._shared[record.graph] = self._owned.enter_context(self._backend.load(Model(graph, self._bundle.path), None))
+                values = task_values(self.bundle, task, self._exchanged(record.graph), adapted=False)
+                graph = overridable(self.bundle.checked(record.model).read_bytes(), values)
+                self._shared[record.graph] = self._owned.enter_context(self._backend.load(Model(graph, self.bundle.path), None))
             return self._shared[record.graph]
 
     def _exchanged(self, digest: str) -> frozenset[str]:
         """What any task of the graph changes: with every run the session is given all of it."""
         if digest not in self._names:
-            sharing = [name for name, record in self._bundle.manifest.tasks.items() if record.graph == digest]
+            sharing = [name for name, record in self.bundle.manifest.tasks.items() if record.graph == digest]
             self._names.setdefault(digest, frozenset[str]().union(*(self._changed_if_sound(name) for name in sharing)))
         return self._names[digest]
 
     def _changed_if_sound(self, task: str) -> frozenset[str]:
         """A damaged task harms no other; who asks for it is told."""
         try:
-            return changed_names(self._bundle, task)
+            return changed_names(self.bundle, task)
         except LorafuseError:
             return frozenset()
 
