@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from engines.backends import Backend, BackendName, Model, backend
 from engines.backends.tensorrt.layers import LayerDifference, layer_differences, layers_of
@@ -36,7 +37,7 @@ def compared(bundle: Bundle, task: str, name: BackendName) -> Compared:
     own, base = record.engines.get(name), bundle.graph(record).engines.get(name)
     if own is None or base is None:
         missing = f"task '{task}' has no {name} engine" if own is None else f"the unadapted base of task '{task}' has no {name} engine"
-        raise EngineError(f"{bundle.path}: {missing}; run 'lorafuse build {bundle.path} --task {task} --backend {name} --unadapted'")
+        raise EngineError(f"{bundle.path}: {missing}; run 'lorafuse build {quote(str(bundle.path))} --task {task} --backend {name} --unadapted'")
     chosen = backend(name)
     ours, bases = own_plan(bundle, task, own, chosen), unadapted_plan(bundle, task, base, chosen)
     said = _layers(bundle, chosen, ours)

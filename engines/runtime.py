@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 
 from engines.backends import Backend, BackendName, Model, Session, backend
 from engines.switch import changed_names, task_values
@@ -93,4 +94,4 @@ def _refused(bundle: Bundle, task: str, engine: Engine, reason: str) -> EngineEr
 
 
 def _build_command(bundle: Bundle, task: str, backend_name: str) -> str:
-    return f"lorafuse build {bundle.path} --task {task} --backend {backend_name}"
+    return f"lorafuse build {quote(str(bundle.path))} --task {task} --backend {backend_name}"
