@@ -25,6 +25,7 @@ from exporter.task import Request, export_task
 from lora.errors import BundleError, EngineError
 
 COMMAND = Path(sys.executable).with_name("lorafuse")
+EXAMPLE = Path(__file__).resolve().parents[2] / "scripts" / "example_serving"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 PROMPT = "a small wild cat is"
 
@@ -66,6 +67,14 @@ def test_run_completes_a_text(language: Bundle):
     assert made == {"text": PROMPT, "completion": encoder.decode(tokens), "tokens": tokens}
     assert len(tokens) == 5
     assert lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5") == f"{PROMPT}{encoder.decode(tokens)}\n"
+
+
+@pytest.mark.parametrize("mode", ["dedicated", "resident"])
+def test_the_example_generates_what_the_command_does(language: Bundle, mode: str):
+    (prompt,) = TextEncoder(language).encode([PROMPT], language.graph(language.task("chat")))["input_ids"].tolist()
+    (made,) = json.loads(lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5", "--json"))
+    command = [sys.executable, EXAMPLE, language.path, "--task", "chat", "--ids", ",".join(map(str, prompt)), "--tokens", "5", "--mode", mode]
+    assert subprocess.check_output(command, text=True) == ",".join(map(str, made["tokens"])) + "\n"
 
 
 def test_a_batch_of_prompts_is_completed_as_each_alone(language: Bundle):

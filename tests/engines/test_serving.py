@@ -58,6 +58,15 @@ def test_every_task_answers_as_it_does_alone(runtime: Runtime, mode: Mode, alone
     assert np.abs(alone["dense"] - alone["other"]).max() > 0.01
 
 
+def test_arrays_come_out_without_a_copy(runtime: Runtime, tokens: dict[str, Array]):
+    logits = runtime.run("first", tokens)["logits"]
+    assert not logits.flags.owndata
+    before = logits.copy()
+    runtime.run("other", tokens)
+    runtime.close()
+    np.testing.assert_array_equal(logits, before)
+
+
 def test_there_and_back_gives_the_same_bits(runtime: Runtime, tokens: dict[str, Array]):
     first = runtime.run("first", tokens)["logits"]
     assert (runtime.run("other", tokens)["logits"] != first).any()
