@@ -1,0 +1,157 @@
+// How a C++ program embeds a bundle: it classifies token ids, or generates with a language model.
+//
+//     lorafuse-ask BUNDLE --task movies --ids 101,2307,3185,102
+//     lorafuse-ask BUNDLE --task supersense --ids 1,2,3 --tokens 8 --mode resident
+//
+// Prints the outputs' likeliest class, or its value for a regression; of a language model, the tokens that follow.
+// --unadapted asks the base under the task's head; --onnxruntime names ONNX Runtime's library; --raw prints every output's
+// bytes in hex.
+#include <algorithm>
+#include <cstdio>
+#include <iostream>
+#include <numeric>
+#include <sstream>
+
+#include "lorafuse/runtime.hpp"
+
+namespace {
+
+using lorafuse::Inputs;
+using lorafuse::Outputs;
+using Ids = std::vector<std::int64_t>;
+
+struct Arguments {
+    std::string bundle, task;
+    Ids ids;
+    int tokens = 0;
+    bool adapted = true, raw = false;
+    lorafuse::Options options;
+};
+
+Ids ids_of(const std::string& text) {
+    Ids ids;
+    std::stringstream parts(text);
+    for (std::string part; std::getline(parts, part, ',');) ids.push_back(std::stoll(part));
+    return ids;
+}
+
+Arguments arguments_of(int count, char** values) {
+    Arguments arguments;
+    arguments.options.threads = 1;
+    for (int i = 1; i < count; ++i) {
+        const std::string name = values[i];
+        const auto value = [&]() -> std::string {
+            if (++i == count) throw lorafuse::Error(name + " needs a value");
+            return values[i];
+        };
+        if (name == "--task") arguments.task = value();
+        else if (name == "--ids") arguments.ids = ids_of(value());
+        else if (name == "--tokens") arguments.tokens = std::stoi(value());
+        else if (name == "--mode") arguments.options.mode = value() == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
+        else if (name == "--onnxruntime") arguments.options.onnxruntime = value();
+        else if (name == "--unadapted") arguments.adapted = false;
+        else if (name == "--raw") arguments.raw = true;
+        else arguments.bundle = name;
+    }
+    return arguments;
+}
+
+// What one step of a graph is given: the ids of one row, and what it knows of the steps before.
+class Row {
+public:
+    explicit Row(const std::vector<lorafuse::Port>& ports) : ports_(ports) {}
+
+    // The inputs for `ids` behind what came before, whose cache is `past`.
+    Inputs inputs(const Ids& ids, const Outputs& past) {
+        const auto length = static_cast<std::int64_t>(ids.size());
+        ids_ = ids;
+        positions_.resize(ids.size());
+        std::iota(positions_.begin(), positions_.end(), static_cast<std::int64_t>(mask_.size()));
+        mask_.resize(mask_.size() + ids.size(), 1);
+        types_.assign(ids.size(), 0);
+        Inputs inputs;
+        for (const lorafuse::Port& port : ports_) {
+            if (port.name == "input_ids") inputs[port.name] = lorafuse::view(ids_, {1, length});
+            else if (port.name == "attention_mask") inputs[port.name] = lorafuse::view(mask_, {1, static_cast<std::int64_t>(mask_.size())});
+            else if (port.name == "token_type_ids") inputs[port.name] = lorafuse::view(types_, {1, length});
+            else if (port.name == "position_ids") inputs[port.name] = lorafuse::view(positions_, {1, length});
+            else inputs[port.name] = cached(port, past);
+        }
+        return inputs;
+    }
+
+private:
+    // The cache that the step before left; before the first, one of no length.
+    static lorafuse::TensorView cached(const lorafuse::Port& port, const Outputs& past) {
+        const std::string kPast = "past_key_values.";
+        if (const auto found = past.find("present." + port.name.substr(std::min(kPast.size(), port.name.size()))); found != past.end()) {
+            return found->second.view();
+        }
+        std::vector<std::int64_t> shape;
+        for (const auto& size : port.shape) {
+            const auto* axis = std::get_if<std::string>(&size);
+            shape.push_back(axis == nullptr ? std::get<std::int64_t>(size) : *axis == "batch" ? 1 : 0);
+        }
+        return {port.dtype, shape, "", 0};
+    }
+
+    const std::vector<lorafuse::Port>& ports_;
+    Ids ids_, mask_, types_, positions_;
+};
+
+// The likeliest tokens, one after the other.
+Ids generate(const lorafuse::Task& task, Row row, Ids ids, int count) {
+    Ids tokens;
+    Outputs outputs;
+    while (static_cast<int>(tokens.size()) < count) {
+        outputs = task.run(row.inputs(ids, outputs));
+        const lorafuse::Tensor& logits = outputs.at("logits");
+        const float* end = logits.data<float>() + logits.count();
+        const float* last = end - logits.shape().back();
+        tokens.push_back(std::max_element(last, end) - last);
+        ids = {tokens.back()};
+    }
+    return tokens;
+}
+
+void print_raw(const Outputs& outputs) {
+    for (const auto& [name, tensor] : outputs) {
+        std::cout << name << ' ';
+        const auto* bytes = static_cast<const unsigned char*>(tensor.view().data);
+        for (std::size_t i = 0; i < tensor.view().bytes; ++i) std::printf("%02x", bytes[i]);
+        std::printf("\n");
+        std::fflush(stdout);
+    }
+}
+
+void answer(const Arguments& arguments) {
+    lorafuse::Runtime runtime(arguments.bundle, arguments.options);
+    const lorafuse::Task task = runtime.use(arguments.task, arguments.adapted);
+    Row row(runtime.inputs(arguments.task));
+    if (arguments.tokens > 0) {
+        std::string text;
+        for (const std::int64_t token : generate(task, row, arguments.ids, arguments.tokens)) text += (text.empty() ? "" : ",") + std::to_string(token);
+        std::cout << text << '\n';
+        return;
+    }
+    const Outputs outputs = task.run(row.inputs(arguments.ids, {}));
+    if (arguments.raw) return print_raw(outputs);
+    const lorafuse::Tensor& logits = outputs.at("logits");
+    const float* first = logits.data<float>();
+    const float* likeliest = std::max_element(first, first + logits.shape().back());
+    const std::vector<std::string>& labels = runtime.labels(arguments.task);
+    if (!labels.empty()) std::cout << labels.at(static_cast<std::size_t>(likeliest - first)) << ' ';
+    std::printf("%.6f\n", static_cast<double>(*likeliest));
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+    try {
+        answer(arguments_of(count, values));
+        return 0;
+    } catch (const std::exception& error) {
+        std::cerr << "lorafuse-ask: " << error.what() << '\n';
+        return 3;
+    }
+}

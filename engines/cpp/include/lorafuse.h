@@ -1,0 +1,76 @@
+/* The tasks of a bundle for any language that calls C. Every function may be called from any thread. */
+#ifndef LORAFUSE_H
+#define LORAFUSE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define LORAFUSE_API __attribute__((visibility("default")))
+#else
+#define LORAFUSE_API
+#endif
+
+/* What a function returns: done, or refused with the reason in lorafuse_error(). */
+enum { LORAFUSE_OK = 0, LORAFUSE_REFUSED = 3 };
+
+typedef enum { LORAFUSE_DEDICATED = 0, LORAFUSE_RESIDENT = 1 } lorafuse_mode;
+
+typedef enum {
+    LORAFUSE_FLOAT32,
+    LORAFUSE_FLOAT16,
+    LORAFUSE_BFLOAT16,
+    LORAFUSE_FLOAT64,
+    LORAFUSE_INT64,
+    LORAFUSE_INT32,
+    LORAFUSE_INT16,
+    LORAFUSE_INT8,
+    LORAFUSE_UINT8,
+    LORAFUSE_BOOL
+} lorafuse_dtype;
+
+/* As lorafuse::Options: zeros, and NULL for the library, are the defaults. */
+typedef struct {
+    lorafuse_mode mode;
+    int threads;
+    uint64_t memory;
+    const char* onnxruntime;
+} lorafuse_options;
+
+/* A named array, row-major and without gaps. Inputs are the caller's and are not copied. */
+typedef struct {
+    const char* name;
+    lorafuse_dtype dtype;
+    const int64_t* shape;
+    size_t rank;
+    const void* data;
+    size_t bytes;
+} lorafuse_tensor;
+
+typedef struct lorafuse_runtime lorafuse_runtime;
+typedef struct lorafuse_outputs lorafuse_outputs;
+
+/* Why the last call on this thread was refused: one line. Valid until the next call on this thread. */
+LORAFUSE_API const char* lorafuse_error(void);
+
+/* Open a bundle; `options` may be NULL. Close it when no call is in progress; outputs may outlive it. */
+LORAFUSE_API int lorafuse_open(const char* bundle, const lorafuse_options* options, lorafuse_runtime** runtime);
+LORAFUSE_API void lorafuse_close(lorafuse_runtime* runtime);
+
+/* Run a task; with `adapted` 0, the base under the task's head. Free the outputs with lorafuse_free. */
+LORAFUSE_API int lorafuse_run(lorafuse_runtime* runtime, const char* task, int adapted, const lorafuse_tensor* inputs,
+                              size_t count, lorafuse_outputs** outputs);
+LORAFUSE_API size_t lorafuse_count(const lorafuse_outputs* outputs);
+
+/* The output at `index`, in the order of the names; its memory belongs to `outputs`. */
+LORAFUSE_API lorafuse_tensor lorafuse_output(const lorafuse_outputs* outputs, size_t index);
+LORAFUSE_API void lorafuse_free(lorafuse_outputs* outputs);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

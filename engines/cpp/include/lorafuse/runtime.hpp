@@ -1,0 +1,153 @@
+// The tasks of a bundle in one process, on ONNX Runtime's CPU provider. C++17; docs/cpp.md has a whole program.
+//
+//     lorafuse::Runtime runtime("bundle");
+//     std::vector<std::int64_t> ids{101, 2307, 3185, 102}, mask(4, 1), types(4, 0);
+//     auto outputs = runtime.run("movies", {{"input_ids", lorafuse::view(ids, {1, 4})},
+//                                           {"attention_mask", lorafuse::view(mask, {1, 4})},
+//                                           {"token_type_ids", lorafuse::view(types, {1, 4})}});
+//     const float* logits = outputs.at("logits").data<float>();
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace lorafuse {
+
+// What went wrong, in one line: the file, the field or tensor, what was expected, and what to do.
+class Error : public std::runtime_error {
+public:
+    using std::runtime_error::runtime_error;
+};
+
+enum class DType { float32, float16, bfloat16, float64, int64, int32, int16, int8, uint8, boolean };
+
+// The dtype's name as the manifest has it, such as "float32"; and the bytes of one element.
+const char* name_of(DType dtype);
+std::size_t size_of(DType dtype);
+
+// An array in the caller's memory, row-major and without gaps. It is read during the call and not copied.
+struct TensorView {
+    DType dtype;
+    std::vector<std::int64_t> shape;
+    const void* data;
+    std::size_t bytes;
+};
+
+template <typename T>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<float>() { return DType::float32; }
+template <>
+constexpr DType dtype_of<double>() { return DType::float64; }
+template <>
+constexpr DType dtype_of<std::int64_t>() { return DType::int64; }
+template <>
+constexpr DType dtype_of<std::int32_t>() { return DType::int32; }
+template <>
+constexpr DType dtype_of<std::uint8_t>() { return DType::uint8; }
+
+// A view of a vector. The vector must outlive it.
+template <typename T>
+TensorView view(const std::vector<T>& values, std::vector<std::int64_t> shape) {
+    return {dtype_of<T>(), std::move(shape), values.data(), values.size() * sizeof(T)};
+}
+
+// An output. It owns its memory, which ONNX Runtime wrote, and may outlive the runtime.
+class Tensor {
+public:
+    Tensor(TensorView content, std::shared_ptr<void> owner) : content_(std::move(content)), owner_(std::move(owner)) {}
+
+    // As an input of the next run, without a copy. The tensor must outlive the view.
+    const TensorView& view() const { return content_; }
+    DType dtype() const { return content_.dtype; }
+    const std::vector<std::int64_t>& shape() const { return content_.shape; }
+    std::size_t count() const { return content_.bytes / size_of(content_.dtype); }
+
+    // The elements. Throws Error where T is not the tensor's dtype; use view().data for those without a C++ type.
+    template <typename T>
+    const T* data() const {
+        if (dtype_of<T>() != content_.dtype) {
+            throw Error(std::string("the tensor is ") + name_of(content_.dtype) + ", not " + name_of(dtype_of<T>()));
+        }
+        return static_cast<const T*>(content_.data);
+    }
+
+private:
+    TensorView content_;
+    std::shared_ptr<void> owner_;
+};
+
+using Inputs = std::map<std::string, TensorView>;
+using Outputs = std::map<std::string, Tensor>;
+
+// An input of a graph. A dimension is a size or the name of a dynamic axis.
+struct Port {
+    std::string name;
+    DType dtype;
+    std::vector<std::variant<std::int64_t, std::string>> shape;
+};
+
+// dedicated: a session for each task, as fast as the unadapted model. Sessions share the base's weights.
+// resident: one session for the tasks of a graph, which takes a task's tensors with the run: a switch costs nothing, and
+// each run what it costs that those weights are not prepacked.
+enum class Mode { dedicated, resident };
+
+struct Options {
+    Mode mode = Mode::dedicated;
+    // Threads of ONNX Runtime; 0: every core. A bounded session does not spin while it waits.
+    int threads = 0;
+    // Bytes of weights that tasks may hold beside the base; 0: no bound. The longest unused task is given up first.
+    std::uint64_t memory = 0;
+    // ONNX Runtime's library, by name or path; empty: the one that this library was built for.
+    std::string onnxruntime;
+};
+
+// A task that is loaded, and stays so for as long as this object lives. It must not outlive the runtime.
+class Task {
+public:
+    Outputs run(const Inputs& inputs) const;
+
+private:
+    friend class Runtime;
+    struct State;
+    explicit Task(std::shared_ptr<const State> state) : state_(std::move(state)) {}
+    std::shared_ptr<const State> state_;
+};
+
+// Every method may be called from any thread. A task is loaded when it is first asked for.
+class Runtime {
+public:
+    // Throws Error when there is no bundle, its manifest is damaged, or ONNX Runtime can't be loaded.
+    explicit Runtime(const std::filesystem::path& bundle, const Options& options = {});
+    ~Runtime();
+    Runtime(Runtime&&) noexcept;
+    Runtime& operator=(Runtime&&) noexcept;
+
+    // The names of the tasks that can be asked for; and of those that are loaded, the longest unused first.
+    std::vector<std::string> tasks() const;
+    std::vector<std::string> loaded() const;
+
+    // A task's class labels in the order of the outputs (none for a regression), and what its graph takes.
+    const std::vector<std::string>& labels(const std::string& task) const;
+    const std::vector<Port>& inputs(const std::string& task) const;
+
+    // The task, kept loaded. Without `adapted`, the base under the task's head. Where others hold the memory, it waits.
+    // Throws Error when there is no such task, its files are damaged, or the memory can never hold it.
+    Task use(const std::string& task, bool adapted = true);
+
+    // The outputs by name. Throws as `use` does, and when the inputs do not fit.
+    Outputs run(const std::string& task, const Inputs& inputs, bool adapted = true);
+
+private:
+    struct State;
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace lorafuse

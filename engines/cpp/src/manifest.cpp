@@ -1,0 +1,220 @@
+#include "manifest.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <set>
+
+#include "dtype.hpp"
+#include "json_reader.hpp"
+
+namespace lorafuse {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kManifest = "manifest.json";
+constexpr const char* kFolders[] = {"adapters", "base", "engines"};
+
+// Every file that the manifest names, whether a runtime reads it or not: each path is checked.
+using Files = std::vector<File>;
+
+File file_of(const JsonReader& json, Files& files) {
+    json.check_fields({"path", "size", "sha256"});
+    files.push_back({json.at("path").text(), json.at("size").number(), json.at("sha256").text()});
+    return files.back();
+}
+
+std::vector<File> files_of(const JsonReader& json, Files& files) {
+    std::vector<File> found;
+    json.each([&](const JsonReader& file) { found.push_back(file_of(file, files)); });
+    return found;
+}
+
+std::vector<std::string> texts_of(const JsonReader& json) {
+    std::vector<std::string> texts;
+    json.each([&](const JsonReader& text) { texts.push_back(text.text()); });
+    return texts;
+}
+
+Port port_of(const JsonReader& json) {
+    json.check_fields({"name", "dtype", "shape"});
+    Port port{json.at("name").text(), DType::float32, {}};
+    const std::optional<DType> dtype = dtype_named(json.at("dtype").text());
+    if (!dtype) throw JsonError("Unknown dtype '" + json.at("dtype").text() + "' of `" + port.name + "`");
+    port.dtype = *dtype;
+    json.at("shape").each([&](const JsonReader& size) {
+        if (size.is_text()) {
+            port.shape.emplace_back(size.text());
+        } else {
+            port.shape.emplace_back(size.number());
+        }
+    });
+    return port;
+}
+
+std::vector<Port> ports_of(const JsonReader& json) {
+    std::vector<Port> ports;
+    json.each([&](const JsonReader& port) { ports.push_back(port_of(port)); });
+    return ports;
+}
+
+// The name under which a weights file keeps a parameter: it says the axis order in which the graph reads it.
+std::string key_of(const std::string& name, const JsonReader& order) {
+    if (order.is_null()) return name;
+    std::string axes;
+    order.each([&](const JsonReader& axis) { axes += (axes.empty() ? "" : ",") + std::to_string(axis.number()); });
+    return name + "@" + axes;
+}
+
+void check_engine(const JsonReader& json, Files& files) {
+    json.check_fields({"backend", "version", "target", "model_sha256", "weights_sha256"}, {"file", "mode", "refittable", "proven"});
+    for (const char* field : {"backend", "version", "target", "model_sha256", "weights_sha256"}) json.at(field).text();
+    if (json.has("file") && !json.at("file").is_null()) file_of(json.at("file"), files);
+    if (json.has("mode")) json.at("mode").one_of({"rebuild", "refit", "stripped"});
+    if (json.has("refittable")) texts_of(json.at("refittable"));
+    if (json.has("proven")) json.at("proven").each([](const std::string&, const JsonReader& hash) { hash.text(); });
+}
+
+void check_engines(const JsonReader& owner, Files& files) {
+    if (!owner.has("engines")) return;
+    owner.at("engines").each([&](const std::string&, const JsonReader& engine) { check_engine(engine, files); });
+}
+
+Graph graph_of(const JsonReader& json, Files& files) {
+    json.check_fields({"head", "inputs", "outputs", "weights"}, {"engines"});
+    const JsonReader head = json.at("head");
+    head.check_fields({"task_type", "outputs"}, {"tied"});
+    head.at("task_type").text(), head.at("outputs").number();
+    if (head.has("tied")) head.at("tied").boolean();
+    Graph graph{ports_of(json.at("inputs")), ports_of(json.at("outputs")), {}};
+    json.at("weights").each([&](const std::string& name, const JsonReader& order) { graph.weights[name] = key_of(name, order); });
+    check_engines(json, files);
+    return graph;
+}
+
+TaskRecord task_of(const JsonReader& json, Files& files) {
+    json.check_fields({"graph", "model", "weights", "store", "adapter", "adapter_sha256", "labels"}, {"engines"});
+    TaskRecord task{json.at("graph").text(), file_of(json.at("model"), files), std::nullopt, false, {}};
+    if (!json.at("weights").is_null()) task.weights = file_of(json.at("weights"), files);
+    const bool stored_as_factors = json.at("store").one_of({"dense", "factors"}) == "factors";
+    task.factors = stored_as_factors && !files_of(json.at("adapter"), files).empty();
+    if (!stored_as_factors) files_of(json.at("adapter"), files);
+    json.at("adapter_sha256").text();
+    task.labels = texts_of(json.at("labels"));
+    check_engines(json, files);
+    return task;
+}
+
+std::vector<File> base_of(const JsonReader& json, Files& files) {
+    json.check_fields({"sha256", "precision", "longest", "vocabulary", "weights", "files"});
+    json.at("sha256").text(), json.at("longest").number(), json.at("vocabulary").number();
+    json.at("precision").one_of({"float32", "float16", "bfloat16"});
+    files_of(json.at("files"), files);
+    return files_of(json.at("weights"), files);
+}
+
+Manifest manifest_of(const JsonReader& json, Files& files) {
+    json.check_fields({"schema", "base", "graphs", "tasks", "versions"}, {"timing_caches"});
+    Manifest manifest{base_of(json.at("base"), files), {}, {}};
+    json.at("graphs").each([&](const std::string& name, const JsonReader& graph) { manifest.graphs[name] = graph_of(graph, files); });
+    json.at("tasks").each([&](const std::string& name, const JsonReader& task) { manifest.tasks[name] = task_of(task, files); });
+    json.at("versions").each([](const std::string&, const JsonReader& version) { version.text(); });
+    if (json.has("timing_caches")) {
+        json.at("timing_caches").each([&](const std::string&, const JsonReader& cache) { file_of(cache, files); });
+    }
+    return manifest;
+}
+
+bool is_task_name(const std::string& name) {
+    const auto plain = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); };
+    const auto allowed = [&](char c) { return plain(c) || c == '_' || c == '.' || c == '-'; };
+    const bool reserved = name == "manifest" || std::find(std::begin(kFolders), std::end(kFolders), name) != std::end(kFolders);
+    return !name.empty() && name.size() <= 64 && plain(name[0]) && std::all_of(name.begin(), name.end(), allowed) && !reserved;
+}
+
+void check_tasks(const fs::path& path, const Manifest& manifest) {
+    for (const auto& [name, task] : manifest.tasks) {
+        if (!is_task_name(name)) {
+            throw Error("task name '" + name + "' can't be used; expected lower-case letters, digits, '_', '.', '-', and none of adapters, base, engines, manifest");
+        }
+        if (manifest.graphs.count(task.graph) == 0) {
+            throw Error(path.string() + ": task '" + name + "' names the graph '" + task.graph.substr(0, 12) +
+                        "'…, which the manifest lacks; export the task again");
+        }
+    }
+}
+
+// The parts of a path in the bundle; none where it leaves the bundle or can't be printed.
+std::vector<std::string> parts_of(const std::string& path) {
+    const auto unprintable = [](unsigned char c) { return c < 0x20 || c == 0x7f || c == '\\'; };
+    if (path.empty() || path[0] == '/' || std::any_of(path.begin(), path.end(), unprintable)) return {};
+    std::vector<std::string> parts;
+    for (const fs::path& part : fs::path(path)) {
+        if (part == "..") return {};
+        if (!part.empty() && part != ".") parts.push_back(part.string());
+    }
+    return parts;
+}
+
+// A folder that is a link would lead the reading of files out of the bundle.
+void check_paths(const fs::path& bundle, const Files& files) {
+    std::set<fs::path> folders(std::begin(kFolders), std::end(kFolders));
+    for (const File& file : files) {
+        const std::vector<std::string> parts = parts_of(file.path);
+        if (parts.empty() || parts == std::vector<std::string>{kManifest}) {
+            throw Error((bundle / kManifest).string() + ": file path '" + file.path +
+                        "' leaves the bundle, is its manifest or can't be printed; refusing to follow it");
+        }
+        fs::path folder;
+        for (std::size_t i = 0; i + 1 < parts.size(); ++i) folders.insert(folder /= parts[i]);
+    }
+    for (const fs::path& folder : folders) {
+        if (fs::is_symlink(fs::symlink_status(bundle / folder))) {
+            throw Error((bundle / folder).string() + ": a link, which may lead out of the bundle; refusing to follow it");
+        }
+    }
+}
+
+JsonReader::Json parsed(const fs::path& path) {
+    std::ifstream stream(path, std::ios::binary);
+    const std::string content(std::istreambuf_iterator<char>(stream), {});
+    if (!stream) throw JsonError("can't be read");
+    try {
+        return JsonReader::Json::parse(content);
+    } catch (const JsonReader::Json::parse_error& error) {
+        throw JsonError("JSON is malformed: byte " + std::to_string(error.byte));
+    }
+}
+
+void check_schema(const fs::path& path, const JsonReader::Json& json) {
+    if (!json.is_object()) return;
+    const JsonReader reader(json);
+    if (!reader.has("schema")) throw JsonError("Object missing required field `schema`");
+    const std::int64_t schema = reader.at("schema").number();
+    const std::string found = path.string() + ": schema " + std::to_string(schema), ours = std::to_string(kSchema);
+    if (schema > kSchema) throw Error(found + " is newer than this program reads (" + ours + "); update lorafuse");
+    if (schema < kSchema) throw Error(found + " is of an earlier lorafuse, and this one reads " + ours + "; export the tasks again");
+}
+
+}  // namespace
+
+Manifest read_manifest(const fs::path& bundle) {
+    const fs::path path = bundle / kManifest;
+    if (!fs::is_regular_file(path)) {
+        throw Error(bundle.string() + ": not a bundle (no " + kManifest + "); create one with 'lorafuse export'");
+    }
+    try {
+        const JsonReader::Json json = parsed(path);
+        check_schema(path, json);
+        Files files;
+        Manifest manifest = manifest_of(JsonReader(json), files);
+        check_tasks(path, manifest);
+        check_paths(bundle, files);
+        return manifest;
+    } catch (const JsonError& error) {
+        throw Error(path.string() + ": not a bundle's manifest (" + error.what() + "); export the tasks again");
+    }
+}
+
+}  // namespace lorafuse

@@ -1,0 +1,46 @@
+// The bundle's manifest, as docs/bundle.md and exporter/bundle/manifest.py have it; here as far as a runtime needs it, but
+// checked whole.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "lorafuse/runtime.hpp"
+
+namespace lorafuse {
+
+constexpr std::int64_t kSchema = 3;
+
+struct File {
+    std::string path;  // relative to the bundle
+    std::int64_t size;
+    std::string sha256;
+};
+
+struct Graph {
+    std::vector<Port> inputs, outputs;
+    std::map<std::string, std::string> weights;  // each parameter's name, and its key in a weights file
+};
+
+struct TaskRecord {
+    std::string graph;
+    File model;
+    std::optional<File> weights;
+    bool factors;  // merged when it is loaded
+    std::vector<std::string> labels;
+};
+
+struct Manifest {
+    std::vector<File> base_weights;
+    std::map<std::string, Graph> graphs;
+    std::map<std::string, TaskRecord> tasks;
+};
+
+// The manifest of the bundle in `bundle`. Throws Error when it is none, is damaged, is of another schema or leads out of the bundle.
+Manifest read_manifest(const std::filesystem::path& bundle);
+
+}  // namespace lorafuse

@@ -1,0 +1,211 @@
+#include "onnxruntime.hpp"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "dtype.hpp"
+
+namespace lorafuse {
+namespace {
+
+// https://github.com/microsoft/onnxruntime/blob/main/include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h
+constexpr const char* kDataFolder = "session.model_external_initializers_file_folder_path";
+constexpr const char* kSpinning = "session.intra_op.allow_spinning";
+
+template <typename T>
+Handle<T> owned(T* value, void (*release)(T*)) {
+    return Handle<T>(value, release);
+}
+
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+// As Python shows a list of strings.
+template <typename Names>
+std::string listed(const Names& names) {
+    std::string text;
+    for (const auto& [name, _] : names) text += (text.empty() ? "'" : ", '") + name + "'";
+    return "[" + text + "]";
+}
+
+}  // namespace
+
+Environment::Environment(const std::string& library) {
+    // Never closed: ONNX Runtime keeps threads and statics of its own until the process ends.
+    void* loaded = ::dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (loaded == nullptr) throw Error(std::string("ONNX Runtime can't be loaded (") + ::dlerror() + "); give its library's path as Options::onnxruntime");
+    auto* entry = reinterpret_cast<const OrtApiBase* (*)() noexcept>(::dlsym(loaded, "OrtGetApiBase"));
+    if (entry == nullptr) throw Error(library + ": not ONNX Runtime (it has no OrtGetApiBase); give its library's path as Options::onnxruntime");
+    version_ = entry()->GetVersionString();
+    api_ = entry()->GetApi(kApiVersion);
+    if (api_ == nullptr) throw Error(library + ": ONNX Runtime " + version_ + " is too old; expected 1.12 or newer");
+    OrtEnv* env = nullptr;
+    check(api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "lorafuse", &env));
+    env_ = owned(env, api_->ReleaseEnv);
+    OrtMemoryInfo* memory = nullptr;
+    check(api_->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
+    memory_ = owned(memory, api_->ReleaseMemoryInfo);
+    OrtPrepackedWeightsContainer* prepacked = nullptr;
+    check(api_->CreatePrepackedWeightsContainer(&prepacked));
+    prepacked_ = owned(prepacked, api_->ReleasePrepackedWeightsContainer);
+    check(api_->GetAllocatorWithDefaultOptions(&allocator_));
+}
+
+void Environment::check(OrtStatus* status) const {
+    if (status == nullptr) return;
+    const auto refused = owned(status, api_->ReleaseStatus);
+    throw Error(first_line(api_->GetErrorMessage(status)));
+}
+
+Handle<OrtValue> Environment::value_of(const TensorView& tensor) const {
+    if (tensor.data == nullptr && tensor.bytes > 0) throw Error("a tensor of " + std::to_string(tensor.bytes) + " bytes lies nowhere; give its data");
+    OrtValue* value = nullptr;
+    const auto element = static_cast<ONNXTensorElementDataType>(names_of(tensor.dtype).element);
+    check(api_->CreateTensorWithDataAsOrtValue(memory_.get(), const_cast<void*>(tensor.data), tensor.bytes, tensor.shape.data(),
+                                               tensor.shape.size(), element, &value));
+    return owned(value, api_->ReleaseValue);
+}
+
+Bound::Bound(const Environment& environment, const Tensors& tensors) {
+    for (const auto& [name, tensor] : tensors) {
+        names_.push_back(name);
+        values_.push_back(environment.value_of(tensor));
+    }
+}
+
+Session::Session(std::shared_ptr<const Environment> environment, const Model& model, int threads) : environment_(std::move(environment)) {
+    const OrtApi& api = environment_->api();
+    const auto check = [&](OrtStatus* status) { environment_->check(status); };
+    try {
+        OrtSessionOptions* made = nullptr;
+        check(api.CreateSessionOptions(&made));
+        const auto options = owned(made, api.ReleaseSessionOptions);
+        check(api.SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_ERROR));
+        check(api.AddSessionConfigEntry(made, kDataFolder, model.folder.c_str()));
+        if (threads > 0) {
+            check(api.SetIntraOpNumThreads(made, threads));
+            check(api.AddSessionConfigEntry(made, kSpinning, "0"));
+        }
+        for (const auto& [name, tensor] : model.shared) {
+            initializers_.push_back(environment_->value_of(tensor));
+            check(api.AddInitializer(made, name.c_str(), initializers_.back().get()));
+        }
+        std::vector<const char*> names;
+        std::vector<const OrtValue*> values;
+        for (const auto& [name, tensor] : model.replaced) {
+            initializers_.push_back(environment_->value_of(tensor));
+            names.push_back(name.c_str());
+            values.push_back(initializers_.back().get());
+        }
+        if (!names.empty()) check(api.AddExternalInitializers(made, names.data(), values.data(), names.size()));
+        OrtSession* session = nullptr;
+        check(api.CreateSessionFromArrayWithPrepackedWeightsContainer(environment_->env(), model.graph.data(), model.graph.size(), made,
+                                                                      environment_->prepacked(), &session));
+        session_ = owned(session, api.ReleaseSession);
+        read_ports();
+    } catch (const Error& error) {
+        throw Error(model.folder.string() + ": ONNX Runtime " + environment_->version() + " can't load the model (" + error.what() + ")");
+    }
+}
+
+void Session::read_ports() {
+    const OrtApi& api = environment_->api();
+    const auto name_at = [&](auto get, std::size_t index) {
+        char* text = nullptr;
+        environment_->check(get(session_.get(), index, environment_->allocator(), &text));
+        std::string name(text);
+        environment_->check(api.AllocatorFree(environment_->allocator(), text));
+        return name;
+    };
+    std::size_t count = 0;
+    environment_->check(api.SessionGetInputCount(session_.get(), &count));
+    for (std::size_t i = 0; i < count; ++i) inputs_.emplace(name_at(api.SessionGetInputName, i), taken_at(i));
+    environment_->check(api.SessionGetOutputCount(session_.get(), &count));
+    for (std::size_t i = 0; i < count; ++i) outputs_.push_back(name_at(api.SessionGetOutputName, i));
+    for (const std::string& name : outputs_) output_names_.push_back(name.c_str());
+}
+
+Session::Takes Session::taken_at(std::size_t index) const {
+    const OrtApi& api = environment_->api();
+    OrtTypeInfo* type = nullptr;
+    environment_->check(api.SessionGetInputTypeInfo(session_.get(), index, &type));
+    const auto released = owned(type, api.ReleaseTypeInfo);
+    const OrtTensorTypeAndShapeInfo* tensor = nullptr;
+    environment_->check(api.CastTypeInfoToTensorInfo(type, &tensor));
+    const TensorView described = described_by(tensor);
+    return {described.dtype, described.shape.size()};
+}
+
+TensorView Session::described_by(const OrtTensorTypeAndShapeInfo* info) const {
+    const OrtApi& api = environment_->api();
+    ONNXTensorElementDataType element{};
+    environment_->check(api.GetTensorElementType(info, &element));
+    std::size_t rank = 0;
+    environment_->check(api.GetDimensionsCount(info, &rank));
+    const std::optional<DType> dtype = dtype_of_element(element);
+    if (!dtype) throw Error("a tensor has element type " + std::to_string(element) + ", which engines don't have");
+    TensorView described{*dtype, std::vector<std::int64_t>(rank), nullptr, 0};
+    environment_->check(api.GetDimensions(info, described.shape.data(), rank));
+    return described;
+}
+
+Outputs Session::run(const Inputs& inputs, const Bound& bound) const {
+    std::vector<const char*> names;
+    std::vector<const OrtValue*> values;
+    std::vector<Handle<OrtValue>> given;
+    std::vector<OrtValue*> found(outputs_.size(), nullptr);
+    try {
+        for (const auto& [name, tensor] : inputs) {
+            given.push_back(environment_->value_of(tensor));
+            names.push_back(name.c_str());
+            values.push_back(given.back().get());
+        }
+        for (std::size_t i = 0; i < bound.size(); ++i) {
+            names.push_back(bound.name(i).c_str());
+            values.push_back(bound.value(i));
+        }
+        environment_->check(environment_->api().Run(session_.get(), nullptr, names.data(), values.data(), names.size(), output_names_.data(),
+                                                    output_names_.size(), found.data()));
+    } catch (const Error& error) {
+        throw refusal(inputs, error.what());
+    }
+    std::vector<Handle<OrtValue>> made;
+    for (OrtValue* value : found) made.push_back(owned(value, environment_->api().ReleaseValue));
+    Outputs outputs;
+    for (std::size_t i = 0; i < made.size(); ++i) outputs.emplace(outputs_[i], tensor_of(std::move(made[i])));
+    return outputs;
+}
+
+Tensor Session::tensor_of(Handle<OrtValue> value) const {
+    const OrtApi& api = environment_->api();
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    environment_->check(api.GetTensorTypeAndShape(value.get(), &info));
+    const auto released = owned(info, api.ReleaseTensorTypeAndShapeInfo);
+    TensorView content = described_by(info);
+    void* data = nullptr;
+    environment_->check(api.GetTensorMutableData(value.get(), &data));
+    content.data = data;
+    content.bytes = size_of(content.dtype);
+    for (const std::int64_t size : content.shape) content.bytes *= static_cast<std::size_t>(size);
+    const auto release = [environment = environment_](OrtValue* held) { environment->api().ReleaseValue(held); };
+    return Tensor(std::move(content), std::shared_ptr<void>(value.release(), [release](void* held) { release(static_cast<OrtValue*>(held)); }));
+}
+
+// The inputs are looked at only when ONNX Runtime has refused them.
+Error Session::refusal(const Inputs& inputs, const std::string& reason) const {
+    const auto same_name = [](const auto& one, const auto& two) { return one.first == two.first; };
+    if (inputs.size() != inputs_.size() || !std::equal(inputs.begin(), inputs.end(), inputs_.begin(), same_name)) {
+        return Error("inputs " + listed(inputs) + " given; this engine takes exactly " + listed(inputs_));
+    }
+    const auto described = [](DType dtype, std::size_t rank) { return std::string(name_of(dtype)) + " of rank " + std::to_string(rank); };
+    for (const auto& [name, takes] : inputs_) {
+        const TensorView& given = inputs.at(name);
+        if (given.dtype != takes.dtype || given.shape.size() != takes.rank) {
+            return Error("input '" + name + "' is " + described(given.dtype, given.shape.size()) + "; expected " + described(takes.dtype, takes.rank));
+        }
+    }
+    return Error("ONNX Runtime can't run these inputs (" + reason + ")");
+}
+
+}  // namespace lorafuse

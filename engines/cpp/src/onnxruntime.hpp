@@ -1,0 +1,97 @@
+// ONNX Runtime's CPU provider: the library, and sessions that share the base's weights.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lorafuse/runtime.hpp"
+#include "onnxruntime_api.hpp"
+
+namespace lorafuse {
+
+template <typename T>
+using Handle = std::unique_ptr<T, void (*)(T*)>;
+
+using Tensors = std::map<std::string, TensorView>;
+
+// The library and what all sessions share. Values and sessions keep it alive.
+class Environment {
+public:
+    // Throws Error when the library can't be loaded, or is older than what is called here.
+    explicit Environment(const std::string& library);
+
+    const OrtApi& api() const { return *api_; }
+    const char* version() const { return version_; }
+    const OrtEnv* env() const { return env_.get(); }
+    OrtPrepackedWeightsContainer* prepacked() const { return prepacked_.get(); }
+    OrtAllocator* allocator() const { return allocator_; }
+
+    // Nothing, or throws Error with ONNX Runtime's words.
+    void check(OrtStatus* status) const;
+
+    // A value in the tensor's own memory.
+    Handle<OrtValue> value_of(const TensorView& tensor) const;
+
+private:
+    const OrtApi* api_ = nullptr;
+    const char* version_ = nullptr;
+    Handle<OrtEnv> env_{nullptr, nullptr};
+    Handle<OrtMemoryInfo> memory_{nullptr, nullptr};
+    Handle<OrtPrepackedWeightsContainer> prepacked_{nullptr, nullptr};
+    OrtAllocator* allocator_ = nullptr;  // ONNX Runtime's own
+};
+
+// What a session is made of. The tensors must stay where they are for as long as it lives.
+struct Model {
+    std::string graph;  // serialized ONNX, whose weights are external data in `folder`
+    std::filesystem::path folder;
+    Tensors shared;    // weights whose values are the files': mapped by all sessions, prepacked once
+    Tensors replaced;  // weights that have other values than the files say
+};
+
+// Tensors that go into every run of a task, by name.
+class Bound {
+public:
+    Bound() = default;
+    Bound(const Environment& environment, const Tensors& tensors);
+    std::size_t size() const { return names_.size(); }
+    const std::string& name(std::size_t i) const { return names_[i]; }
+    const OrtValue* value(std::size_t i) const { return values_[i].get(); }
+
+private:
+    std::vector<std::string> names_;
+    std::vector<Handle<OrtValue>> values_;
+};
+
+class Session {
+public:
+    // Throws Error when the model can't be loaded. `threads` 0: every core.
+    Session(std::shared_ptr<const Environment> environment, const Model& model, int threads);
+
+    // The outputs by name. Throws Error when the inputs do not fit.
+    Outputs run(const Inputs& inputs, const Bound& bound) const;
+
+private:
+    struct Takes {
+        DType dtype;
+        std::size_t rank;
+    };
+
+    void read_ports();
+    Takes taken_at(std::size_t index) const;
+    TensorView described_by(const OrtTensorTypeAndShapeInfo* info) const;  // dtype and shape
+    Tensor tensor_of(Handle<OrtValue> value) const;
+    Error refusal(const Inputs& inputs, const std::string& reason) const;
+
+    std::shared_ptr<const Environment> environment_;
+    std::vector<Handle<OrtValue>> initializers_;  // the session reads them where they are
+    Handle<OrtSession> session_{nullptr, nullptr};
+    std::map<std::string, Takes> inputs_;
+    std::vector<std::string> outputs_;
+    std::vector<const char*> output_names_;
+};
+
+}  // namespace lorafuse
