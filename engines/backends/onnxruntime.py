@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -60,7 +61,7 @@ class OnnxRuntime:
     def load(self, model: Model, plan: Path | None) -> OnnxRuntimeSession:
         """Open a session; there is no plan to read."""
         options = self._api.SessionOptions()
-        options.log_severity_level = 3  # errors are raised; warnings on optimizer choices are not the user's business
+        options.log_severity_level = 4  # errors are raised; what else there is to say is not the user's business
         options.add_session_config_entry(DATA_FOLDER, str(model.folder))
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
@@ -142,4 +143,6 @@ def _dtype(name: str) -> np.dtype[Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """ONNX Runtime's own words, as its C API gives them: the Python package puts a code before them."""
+    said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    return said.splitlines()[0] if said else type(error).__name__

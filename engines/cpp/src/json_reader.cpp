@@ -1,19 +1,22 @@
 #include "json_reader.hpp"
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 
 namespace lorafuse {
 namespace {
 
-const char* type_of(const JsonReader::Json& value) {
+using Json = nlohmann::ordered_json;
+
+const char* type_of(const Json& value) {
     switch (value.type()) {
-        case JsonReader::Json::value_t::null: return "null";
-        case JsonReader::Json::value_t::object: return "object";
-        case JsonReader::Json::value_t::array: return "array";
-        case JsonReader::Json::value_t::string: return "str";
-        case JsonReader::Json::value_t::boolean: return "bool";
-        case JsonReader::Json::value_t::number_integer:
-        case JsonReader::Json::value_t::number_unsigned: return "int";
+        case Json::value_t::null: return "null";
+        case Json::value_t::object: return "object";
+        case Json::value_t::array: return "array";
+        case Json::value_t::string: return "str";
+        case Json::value_t::boolean: return "bool";
+        case Json::value_t::number_integer:
+        case Json::value_t::number_unsigned: return "int";
         default: return "float";
     }
 }
@@ -33,10 +36,21 @@ void JsonReader::check_fields(std::initializer_list<const char*> required, std::
     for (const auto& [name, _] : value_.items()) {
         if (!known(name)) refuse("Object contains unknown field `" + name + "`");
     }
-    for (const char* field : required) {
-        if (!has(field)) refuse(std::string("Object missing required field `") + field + "`");
-    }
+    for (const char* field : required) check_has(field);
 }
+
+void JsonReader::check_has(const char* field) const {
+    if (!value_.is_object()) expected("object");
+    if (!has(field)) refuse(std::string("Object missing required field `") + field + "`");
+}
+
+bool JsonReader::has(const char* field) const { return value_.contains(field); }
+
+JsonReader JsonReader::at(const char* field) const { return {value_.at(field), place_ + "." + field}; }
+
+bool JsonReader::is_null() const { return value_.is_null(); }
+
+bool JsonReader::is_text() const { return value_.is_string(); }
 
 std::string JsonReader::text() const {
     if (!value_.is_string()) expected("str");
@@ -68,5 +82,14 @@ void JsonReader::each(const std::function<void(const std::string&, const JsonRea
     if (!value_.is_object()) expected("object");
     for (const auto& [name, element] : value_.items()) visit(name, JsonReader(element, place_ + "[...]"));
 }
+
+JsonDocument::JsonDocument(std::string_view text) try : json_(std::make_unique<const Json>(Json::parse(text))) {
+} catch (const Json::exception& error) {
+    throw JsonError(std::string("JSON is malformed: ") + error.what());
+}
+
+JsonDocument::~JsonDocument() = default;
+
+JsonReader JsonDocument::root() const { return {*json_, "$"}; }
 
 }  // namespace lorafuse

@@ -4,9 +4,11 @@
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
-#include <nlohmann/json.hpp>
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace lorafuse {
 
@@ -16,18 +18,19 @@ public:
     using std::runtime_error::runtime_error;
 };
 
+// A value in a document, which must outlive it.
 class JsonReader {
 public:
-    using Json = nlohmann::ordered_json;
-    explicit JsonReader(const Json& value, std::string place = "$") : value_(value), place_(std::move(place)) {}
-
     // Throws unless it is an object with all the required fields, and no other but the optional ones.
     void check_fields(std::initializer_list<const char*> required, std::initializer_list<const char*> optional = {}) const;
 
-    bool has(const char* field) const { return value_.contains(field); }
-    JsonReader at(const char* field) const { return JsonReader(value_.at(field), place_ + "." + field); }
-    bool is_null() const { return value_.is_null(); }
-    bool is_text() const { return value_.is_string(); }
+    // Throws unless it is an object with that field.
+    void check_has(const char* field) const;
+
+    bool has(const char* field) const;
+    JsonReader at(const char* field) const;
+    bool is_null() const;
+    bool is_text() const;
 
     std::string text() const;
     std::int64_t number() const;
@@ -37,10 +40,25 @@ public:
     void each(const std::function<void(const std::string&, const JsonReader&)>& visit) const;  // of an object
 
 private:
+    friend class JsonDocument;
+    JsonReader(const nlohmann::ordered_json& value, std::string place) : value_(value), place_(std::move(place)) {}
     [[noreturn]] void refuse(const std::string& what) const;
     [[noreturn]] void expected(const std::string& type) const;
-    const Json& value_;
+    const nlohmann::ordered_json& value_;
     std::string place_;
+};
+
+class JsonDocument {
+public:
+    // Throws JsonError when the text is no JSON.
+    explicit JsonDocument(std::string_view text);
+    ~JsonDocument();
+    JsonDocument(const JsonDocument&) = delete;
+    JsonDocument& operator=(const JsonDocument&) = delete;
+    JsonReader root() const;
+
+private:
+    std::unique_ptr<const nlohmann::ordered_json> json_;
 };
 
 }  // namespace lorafuse

@@ -176,22 +176,16 @@ void check_paths(const fs::path& bundle, const Files& files) {
     }
 }
 
-JsonReader::Json parsed(const fs::path& path) {
+std::string content_of(const fs::path& path) {
     std::ifstream stream(path, std::ios::binary);
-    const std::string content(std::istreambuf_iterator<char>(stream), {});
+    std::string content(std::istreambuf_iterator<char>(stream), {});
     if (!stream) throw JsonError("can't be read");
-    try {
-        return JsonReader::Json::parse(content);
-    } catch (const JsonReader::Json::parse_error& error) {
-        throw JsonError("JSON is malformed: byte " + std::to_string(error.byte));
-    }
+    return content;
 }
 
-void check_schema(const fs::path& path, const JsonReader::Json& json) {
-    if (!json.is_object()) return;
-    const JsonReader reader(json);
-    if (!reader.has("schema")) throw JsonError("Object missing required field `schema`");
-    const std::int64_t schema = reader.at("schema").number();
+void check_schema(const fs::path& path, const JsonReader& json) {
+    json.check_has("schema");
+    const std::int64_t schema = json.at("schema").number();
     const std::string found = path.string() + ": schema " + std::to_string(schema), ours = std::to_string(kSchema);
     if (schema > kSchema) throw Error(found + " is newer than this program reads (" + ours + "); update lorafuse");
     if (schema < kSchema) throw Error(found + " is of an earlier lorafuse, and this one reads " + ours + "; export the tasks again");
@@ -205,10 +199,10 @@ Manifest read_manifest(const fs::path& bundle) {
         throw Error(bundle.string() + ": not a bundle (no " + kManifest + "); create one with 'lorafuse export'");
     }
     try {
-        const JsonReader::Json json = parsed(path);
-        check_schema(path, json);
+        const JsonDocument json(content_of(path));
+        check_schema(path, json.root());
         Files files;
-        Manifest manifest = manifest_of(JsonReader(json), files);
+        Manifest manifest = manifest_of(json.root(), files);
         check_tasks(path, manifest);
         check_paths(bundle, files);
         return manifest;

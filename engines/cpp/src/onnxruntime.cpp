@@ -41,7 +41,7 @@ Environment::Environment(const std::string& library) {
     api_ = entry()->GetApi(kApiVersion);
     if (api_ == nullptr) throw Error(library + ": ONNX Runtime " + version_ + " is too old; expected 1.12 or newer");
     OrtEnv* env = nullptr;
-    check(api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "lorafuse", &env));
+    check(api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "lorafuse", &env));
     env_ = owned(env, api_->ReleaseEnv);
     OrtMemoryInfo* memory = nullptr;
     check(api_->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
@@ -81,7 +81,7 @@ Session::Session(std::shared_ptr<const Environment> environment, const Model& mo
         OrtSessionOptions* made = nullptr;
         check(api.CreateSessionOptions(&made));
         const auto options = owned(made, api.ReleaseSessionOptions);
-        check(api.SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_ERROR));
+        check(api.SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_FATAL));
         check(api.AddSessionConfigEntry(made, kDataFolder, model.folder.c_str()));
         if (threads > 0) {
             check(api.SetIntraOpNumThreads(made, threads));

@@ -74,6 +74,8 @@ public:
     // The outputs by name. Throws Error when the inputs do not fit.
     Outputs run(const Inputs& inputs, const Bound& bound) const;
 
+    OrtSession* handle() const { return session_.get(); }
+
 private:
     struct Takes {
         DType dtype;

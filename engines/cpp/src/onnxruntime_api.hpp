@@ -31,7 +31,7 @@ struct OrtSessionOptions;
 struct OrtPrepackedWeightsContainer;
 struct OrtAllocator;
 
-enum OrtLoggingLevel : int { ORT_LOGGING_LEVEL_ERROR = 3 };
+enum OrtLoggingLevel : int { ORT_LOGGING_LEVEL_FATAL = 4 };
 enum OrtAllocatorType : int { OrtArenaAllocator = 1 };
 enum OrtMemType : int { OrtMemTypeDefault = 0 };
 enum ONNXTensorElementDataType : int {};

@@ -1,18 +1,15 @@
 #include "safetensors.hpp"
 
 #include <algorithm>
-#include <cstring>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <system_error>
 #include <tuple>
 
 #include "dtype.hpp"
+#include "json_reader.hpp"
 
 namespace lorafuse {
 namespace {
-
-using Json = nlohmann::json;
 
 constexpr std::uint64_t kLongestHeader = 100'000'000;  // the format's own limit
 
@@ -36,39 +33,26 @@ struct Entry {
     std::uint64_t start, end;
 };
 
-Entry entry_of(const std::filesystem::path& path, const std::string& name, const Json& described) {
-    Entry entry{name, DType::float32, {}, 0, 0};
-    std::string code;
-    try {
-        code = described.at("dtype").get<std::string>();
-        for (const Json& size : described.at("shape")) {
-            if (!size.is_number_unsigned()) refuse(path, "tensor '" + name + "' has a shape that is none");
-            entry.shape.push_back(size.get<std::int64_t>());
-        }
-        const Json& offsets = described.at("data_offsets");
-        if (offsets.size() != 2 || !offsets[0].is_number_unsigned() || !offsets[1].is_number_unsigned()) {
-            refuse(path, "tensor '" + name + "' has offsets that are none");
-        }
-        entry.start = offsets[0].get<std::uint64_t>(), entry.end = offsets[1].get<std::uint64_t>();
-    } catch (const Json::exception& error) {
-        refuse(path, "tensor '" + name + "': " + error.what());
-    }
+Entry entry_of(const std::filesystem::path& path, const std::string& name, const JsonReader& described) {
+    described.check_fields({"dtype", "shape", "data_offsets"});
+    const std::string code = described.at("dtype").text();
     const std::optional<DType> dtype = dtype_in_safetensors(code);
     if (!dtype) throw Error(path.string() + ": tensor '" + name + "' has dtype " + code + "; engines take none such");
-    entry.dtype = *dtype;
-    return entry;
+    std::vector<std::int64_t> shape, offsets;
+    described.at("shape").each([&](const JsonReader& size) { shape.push_back(size.number()); });
+    described.at("data_offsets").each([&](const JsonReader& offset) { offsets.push_back(offset.number()); });
+    if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0]) refuse(path, "tensor '" + name + "' has offsets that are none");
+    return {name, *dtype, std::move(shape), static_cast<std::uint64_t>(offsets[0]), static_cast<std::uint64_t>(offsets[1])};
 }
 
-Json header_of(const std::filesystem::path& path, const MappedFile& file, std::uint64_t& data_start) {
+// The header's text, and where the data starts.
+std::string_view header_of(const std::filesystem::path& path, const MappedFile& file, std::uint64_t& data_start) {
     if (file.size() < 8) refuse(path, "no room for a header");
     std::uint64_t length = 0;
     for (int i = 7; i >= 0; --i) length = length << 8 | static_cast<std::uint64_t>(file.data()[i]);
     if (length > kLongestHeader || length > file.size() - 8) refuse(path, "its header is longer than the file");
     data_start = 8 + length;
-    const auto* text = reinterpret_cast<const char*>(file.data() + 8);
-    Json header = Json::parse(text, text + length, nullptr, /*allow_exceptions=*/false);
-    if (!header.is_object()) refuse(path, "its header is no JSON object");
-    return header;
+    return {reinterpret_cast<const char*>(file.data() + 8), static_cast<std::size_t>(length)};
 }
 
 // Every byte of data belongs to exactly one tensor: no gaps, no overlaps, nothing behind.
@@ -79,7 +63,7 @@ void check_coverage(const std::filesystem::path& path, std::vector<Entry>& entri
     std::uint64_t at = 0;
     for (const Entry& entry : entries) {
         const auto bytes = bytes_of(entry.shape, entry.dtype);
-        if (entry.start != at || entry.end < entry.start || bytes != entry.end - entry.start) {
+        if (entry.start != at || bytes != entry.end - entry.start) {
             refuse(path, "tensor '" + entry.name + "' does not lie where its shape says");
         }
         at = entry.end;
@@ -91,16 +75,18 @@ void check_coverage(const std::filesystem::path& path, std::vector<Entry>& entri
 
 TensorFile::TensorFile(const std::filesystem::path& path) try : file_(path) {
     std::uint64_t data_start = 0;
-    const Json header = header_of(path, file_, data_start);
+    const JsonDocument header(header_of(path, file_, data_start));
     std::vector<Entry> entries;
-    for (const auto& [name, described] : header.items()) {
+    header.root().each([&](const std::string& name, const JsonReader& described) {
         if (name != "__metadata__") entries.push_back(entry_of(path, name, described));
-    }
+    });
     check_coverage(path, entries, file_.size() - data_start);
     for (Entry& entry : entries) {
         const std::byte* data = file_.data() + data_start + entry.start;
         tensors_[entry.name] = {entry.dtype, std::move(entry.shape), data, static_cast<std::size_t>(entry.end - entry.start)};
     }
+} catch (const JsonError& error) {
+    refuse(path, error.what());
 } catch (const std::system_error& error) {
     throw Error(path.string() + ": can't be read (" + error.code().message() + "); export the task again");
 }

@@ -1,0 +1,67 @@
+// The pool under ThreadSanitizer: nothing is loaded twice at once, nothing in use is given up, the budget holds, and an
+// error reaches those who waited and nobody after them.
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <random>
+#include <thread>
+
+#include "pool.hpp"
+
+namespace {
+
+constexpr int kKeys = 6, kThreads = 8, kTurns = 4000;
+constexpr std::uint64_t kBudget = 3;
+
+struct Counts {
+    std::array<std::atomic<int>, kKeys> alive{};
+    std::atomic<int> loads{0}, refused{0}, broken{0};
+};
+
+struct Thing {
+    Counts& counts;
+    int key;
+    Thing(Counts& all, int of) : counts(all), key(of) {
+        if (++counts.alive[static_cast<std::size_t>(key)] != 1) ++counts.broken;
+    }
+    ~Thing() { --counts.alive[static_cast<std::size_t>(key)]; }
+    Thing(const Thing&) = delete;
+    Thing& operator=(const Thing&) = delete;
+};
+
+int total(const Counts& counts) {
+    int sum = 0;
+    for (const auto& alive : counts.alive) sum += alive;
+    return sum;
+}
+
+}  // namespace
+
+int main() {
+    Counts counts;
+    std::atomic<int> turn{0};
+    const auto load = [&](const int& key) {
+        if (key == 0 && ++turn % 2 == 0) throw lorafuse::Error("damaged");
+        ++counts.loads;
+        return std::make_shared<const Thing>(counts, key);
+    };
+    lorafuse::Pool<int, Thing> pool(load, [](const int&) { return std::uint64_t{1}; }, kBudget);
+    const auto work = [&](unsigned seed) {
+        std::mt19937 chance(seed);
+        for (int i = 0; i < kTurns; ++i) {
+            const int key = static_cast<int>(chance() % kKeys);
+            try {
+                const auto thing = pool.use(key);
+                if (thing->key != key || counts.alive[static_cast<std::size_t>(key)] != 1 || total(counts) > static_cast<int>(kBudget)) ++counts.broken;
+            } catch (const lorafuse::Error&) {
+                ++counts.refused;
+            }
+        }
+    };
+    std::vector<std::thread> threads;
+    for (unsigned seed = 0; seed < kThreads; ++seed) threads.emplace_back(work, seed);
+    for (std::thread& thread : threads) thread.join();
+    std::printf("%d broken, %d held, loaded again: %s, refused: %s\n", counts.broken.load(), static_cast<int>(pool.held().size()),
+                counts.loads > kKeys ? "yes" : "no", counts.refused > 0 ? "yes" : "no");
+    return counts.broken == 0 ? 0 : 1;
+}

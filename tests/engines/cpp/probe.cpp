@@ -1,0 +1,107 @@
+// What the tests ask of the runtime's parts, one case a line, so that a process answers for many.
+#include <atomic>
+#include <iostream>
+#include <random>
+#include <thread>
+
+#include "lorafuse/runtime.hpp"
+#include "mapped_file.hpp"
+#include "safetensors.hpp"
+#include "sha256.hpp"
+
+namespace {
+
+using lorafuse::Inputs;
+using lorafuse::Outputs;
+
+void hash(const std::string& path) {
+    const lorafuse::MappedFile file(path);
+    std::cout << lorafuse::sha256(file.data(), file.size()) << '\n';
+}
+
+void tensors(const std::string& path) {
+    try {
+        const lorafuse::TensorFile file(path);
+        std::cout << "whole";
+        for (const auto& [name, tensor] : file.tensors()) {
+            std::cout << ' ' << name << ' ' << name_of(tensor.dtype) << ' ' << lorafuse::sha256(tensor.data, tensor.bytes).substr(0, 16);
+            for (const std::int64_t size : tensor.shape) std::cout << ' ' << size;
+        }
+        std::cout << '\n';
+    } catch (const lorafuse::Error& error) {
+        std::cout << "refused " << error.what() << '\n';
+    }
+}
+
+std::vector<std::int64_t> row(std::int64_t value) { return std::vector<std::int64_t>(8, value); }
+
+struct Row {
+    std::vector<std::int64_t> ids = row(2307), mask = row(1), types = row(0);
+    Inputs inputs() const {
+        return {{"input_ids", lorafuse::view(ids, {1, 8})}, {"attention_mask", lorafuse::view(mask, {1, 8})}, {"token_type_ids", lorafuse::view(types, {1, 8})}};
+    }
+};
+
+std::string bytes(const Outputs& outputs) {
+    const lorafuse::TensorView& logits = outputs.at("logits").view();
+    return {static_cast<const char*>(logits.data), logits.bytes};
+}
+
+// Threads that switch at random, with room for `memory` bytes; every answer is that of a runtime without others.
+void threads(const std::string& bundle, lorafuse::Options options) {
+    options.threads = 1;
+    const Row row;
+    std::map<std::string, std::string> alone;
+    lorafuse::Options unbounded = options;
+    unbounded.memory = 0;
+    lorafuse::Runtime first(bundle, unbounded);
+    for (const std::string& task : first.tasks()) alone[task] = bytes(first.run(task, row.inputs()));
+    lorafuse::Runtime runtime(bundle, options);
+    std::atomic<int> wrong{0}, answers{0};
+    const auto ask = [&](unsigned seed) {
+        std::mt19937 chance(seed);
+        for (int i = 0; i < 25; ++i, ++answers) {
+            const auto& [task, wanted] = *std::next(alone.begin(), static_cast<std::ptrdiff_t>(chance() % alone.size()));
+            if (bytes(runtime.run(task, row.inputs())) != wanted) ++wrong;
+        }
+    };
+    std::vector<std::thread> asking;
+    for (unsigned seed = 0; seed < 4; ++seed) asking.emplace_back(ask, seed);
+    for (std::thread& thread : asking) thread.join();
+    std::cout << answers << " answers, " << wrong << " wrong, " << runtime.loaded().size() << " loaded\n";
+}
+
+// Outputs stay what they are after their runtime is gone.
+void outlive(const std::string& bundle, const lorafuse::Options& options) {
+    const Row row;
+    Outputs kept;
+    std::string before;
+    {
+        lorafuse::Runtime runtime(bundle, options);
+        kept = runtime.run(runtime.tasks().front(), row.inputs());
+        before = bytes(kept);
+    }
+    std::cout << (bytes(kept) == before ? "same" : "changed") << '\n';
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+    const std::string what = count > 1 ? values[1] : "";
+    try {
+        if (what == "sha256" || what == "tensors") {
+            for (int i = 2; i < count; ++i) what == "sha256" ? hash(values[i]) : tensors(values[i]);
+            return 0;
+        }
+        if (count != 5) throw lorafuse::Error("usage: probe sha256|tensors FILE ... | threads|outlive BUNDLE MODE BYTES");
+        lorafuse::Options options;
+        options.mode = std::string(values[3]) == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
+        options.memory = std::stoull(values[4]);
+        if (what == "threads") threads(values[2], options);
+        else outlive(values[2], options);
+        return 0;
+    } catch (const std::exception& error) {
+        std::cerr << "probe: " << error.what() << '\n';
+        return 3;
+    }
+}

@@ -1,0 +1,182 @@
+"""The C++ runtime answers as the Python one does, bit for bit: compiled with AddressSanitizer and UBSan, run against the wheel's ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from compiled import HERE, Built
+
+import engines
+from engines.generate import greedy
+from engines.inputs import empty_cache, random_inputs, sizes
+from exporter.bundle.manifest import Bundle, Graph, open_bundle
+from exporter.task import Request, add_task, export_task
+from lora.errors import EngineError
+from lora.tensorfile import Array
+
+MODES = ("dedicated", "resident")
+IDS = (101, 2307, 3185, 2003, 102)
+
+
+@pytest.fixture
+def bundle(stored_both_ways: Path, write_adapter) -> Bundle:
+    add_task(stored_both_ways, write_adapter("another", seed=7), "other")
+    return open_bundle(stored_both_ways)
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A tiny Llama and an adapter of it."""
+    folder = tmp_path_factory.mktemp("language")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=3200, **shape, initializer_range=0.3))
+    model.save_pretrained(folder / "base")
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).save_pretrained(folder / "adapter")
+    return export_task(Request(folder / "base", folder / "adapter", "chat"), folder / "bundle").bundle
+
+
+def one_row(graph: Graph, ids: tuple[int, ...]) -> dict[str, Array]:
+    row = np.array([ids], np.int64)
+    known = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row), "position_ids": np.arange(len(ids))[None]}
+    return {port.name: known[port.name] for port in graph.inputs if port.name in known} | empty_cache(graph, 1)
+
+
+def in_python(bundle: Bundle, task: str, mode: Any, adapted: bool) -> dict[str, bytes]:
+    with engines.open(bundle.path, mode, threads=1) as runtime:
+        outputs = runtime.run(task, one_row(bundle.graph(bundle.task(task)), IDS), adapted)
+    return {name: values.tobytes() for name, values in outputs.items()}
+
+
+def in_cpp(built: Built, bundle: Bundle, task: str, mode: str, adapted: bool) -> dict[str, bytes]:
+    ids = ",".join(map(str, IDS))
+    said = built.ask(bundle.path, "--task", task, "--ids", ids, "--mode", mode, "--raw", *([] if adapted else ["--unadapted"]))
+    return {name: bytes.fromhex(values) for name, values in (line.split(" ") for line in said.splitlines())}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_classifier_answers_with_the_same_bits(built: Built, bundle: Bundle, mode: str):
+    seen = set()
+    for task in ("first", "dense", "other"):
+        for adapted in (True, False):
+            found = in_cpp(built, bundle, task, mode, adapted)
+            assert found == in_python(bundle, task, mode, adapted)
+            seen.add(found["logits"])
+    assert len(seen) == 6  # the heads are the tasks' own
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_language_model_answers_with_the_same_bits_and_tokens(built: Built, language: Bundle, mode: Any, adapted: bool):
+    assert in_cpp(built, language, "chat", mode, adapted) == in_python(language, "chat", mode, adapted)
+    unadapted = [] if adapted else ["--unadapted"]
+    said = built.ask(language.path, "--task", "chat", "--ids", "5,17,42", "--tokens", "8", "--mode", mode, *unadapted)
+    with engines.open(language.path, mode, threads=1) as runtime, runtime.use("chat", adapted) as loaded:
+        (tokens,) = greedy(loaded, one_row(language.graph(language.task("chat")), (5, 17, 42)), 8)
+    assert said == ",".join(map(str, tokens)) + "\n"
+
+
+def test_the_real_tasks_answer_with_the_same_bits(built: Built, real_bundle: Bundle):
+    for task in real_bundle.manifest.tasks:
+        assert in_cpp(built, real_bundle, task, "dedicated", True) == in_python(real_bundle, task, "dedicated", True)
+
+
+def test_the_example_prints_the_class_or_the_value(built: Built, real_bundle: Bundle):
+    label, logit = built.ask(real_bundle.path, "--task", "movies", "--ids", "101,2307,3185,102").split()
+    assert (label, float(logit) > 0) == ("positive", True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_get_their_own_tasks_answers(built: Built, bundle: Bundle, mode: str):
+    """With room for two tasks, so that they are given up and loaded again all the time."""
+    budget = 2 * max(task.weights.size for task in bundle.manifest.tasks.values() if task.weights)
+    assert built.probe("threads", bundle.path, mode, str(budget)) == "100 answers, 0 wrong, 2 loaded\n"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_outlive_their_runtime(built: Built, bundle: Bundle, mode: str):
+    assert built.probe("outlive", bundle.path, mode, "0") == "same\n"
+
+
+@pytest.fixture
+def ask_by_c(built: Built) -> Iterator[Any]:
+    """Asks the shared library from a process of its own, where no other ONNX Runtime is loaded."""
+    running: list[subprocess.Popen[str]] = []
+
+    def opened(bundle: Path, mode: int = 0, memory: int = 0) -> Any:
+        command = [sys.executable, HERE / "by_c.py", built.shared / "liblorafuse.so", bundle, str(mode), str(memory)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        running.append(process)
+
+        def ask(task: str | None, inputs: dict[str | None, Array], adapted: bool = True) -> dict[str, Any]:
+            given = [{"name": name, "dtype": str(array.dtype), "shape": array.shape, "data": array.tobytes().hex()} for name, array in inputs.items()]
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps({"task": task, "inputs": given, "adapted": adapted}) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        return ask
+
+    yield opened
+    for process in running:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_language_gets_the_same_bits_through_c(ask_by_c: Any, bundle: Bundle, mode: Any):
+    inputs = random_inputs(bundle.graph(bundle.task("dense")), bundle.manifest.base.vocabulary, sizes(3, 7), seed=1)
+    ask = ask_by_c(bundle.path, MODES.index(mode))
+    with engines.open(bundle.path, mode, threads=1) as runtime:
+        for task, adapted in (("dense", True), ("other", True), ("dense", False), ("dense", True)):
+            wanted = runtime.run(task, inputs, adapted)["logits"]
+            assert ask(task, inputs, adapted)["outputs"]["logits"] == {"shape": list(wanted.shape), "data": wanted.tobytes().hex()}
+
+
+def test_inputs_that_do_not_fit_are_refused_in_the_same_words_and_the_task_goes_on(ask_by_c: Any, bundle: Bundle):
+    good = random_inputs(bundle.graph(bundle.task("dense")), bundle.manifest.base.vocabulary, sizes(1, 4), seed=1)
+    ids = good["input_ids"]
+    ask = ask_by_c(bundle.path)
+    with engines.open(bundle.path, threads=1) as runtime:
+        for bad in (
+            good | {"input_ids": ids.astype(np.float32)},
+            good | {"input_ids": ids[0]},
+            {"input_ids": ids},
+            good | {"more": ids},
+            good | {"attention_mask": good["attention_mask"][:, :2]},
+        ):
+            with pytest.raises(EngineError) as refused:
+                runtime.run("dense", bad)
+            assert ask("dense", bad) == {"error": str(refused.value)}
+    assert "outputs" in ask("dense", good)
+
+
+def test_what_c_can_do_wrong_is_refused(ask_by_c: Any, bundle: Bundle):
+    ids = np.ones((1, 4), np.int64)
+    ask = ask_by_c(bundle.path)
+    assert ask(None, {}) == {"error": "the task is NULL; give a text"}
+    assert ask("dense", {None: ids}) == {"error": "an input's name is NULL; give a text"}
+    names = [port.name for port in bundle.graph(bundle.task("dense")).inputs]
+    assert ask("dense", dict.fromkeys(names, ids.astype(np.int8))) == {"error": "a dtype that there is not; expected one of lorafuse::DType"}
+
+
+def test_sessions_share_the_base_and_what_is_prepacked_of_it(ask_by_c: Any, real_bundle: Bundle):
+    """The first task brings the base's prepacked weights into memory, 43 MB of them; a further one its own 7 MB."""
+    ask = ask_by_c(real_bundle.path)
+    added = []
+    for task in real_bundle.manifest.tasks:
+        inputs = random_inputs(real_bundle.graph(real_bundle.task(task)), 30522, sizes(1, 4), seed=1)
+        added.append(ask(task, inputs)["anonymous"])
+    first, second = added
+    assert 0 < second - first < 20e6 < first
