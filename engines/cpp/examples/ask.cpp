@@ -4,8 +4,8 @@
 //     lorafuse-ask BUNDLE --task supersense --ids 1,2,3 --tokens 8 --mode resident
 //
 // Prints the outputs' likeliest class, or its value for a regression; of a language model, the tokens that follow.
-// --unadapted asks the base under the task's head; --onnxruntime names ONNX Runtime's library; --raw prints every output's
-// bytes in hex.
+// --unadapted asks the base under the task's head; --memory bounds the bytes of weights that tasks hold; --onnxruntime names
+// ONNX Runtime's library; --raw prints every output's bytes in hex.
 #include <algorithm>
 #include <cstdio>
 #include <iostream>
@@ -48,6 +48,7 @@ Arguments arguments_of(int count, char** values) {
         else if (name == "--ids") arguments.ids = ids_of(value());
         else if (name == "--tokens") arguments.tokens = std::stoi(value());
         else if (name == "--mode") arguments.options.mode = value() == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
+        else if (name == "--memory") arguments.options.memory = std::stoull(value());
         else if (name == "--onnxruntime") arguments.options.onnxruntime = value();
         else if (name == "--unadapted") arguments.adapted = false;
         else if (name == "--raw") arguments.raw = true;

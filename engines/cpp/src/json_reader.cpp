@@ -84,8 +84,8 @@ void JsonReader::each(const std::function<void(const std::string&, const JsonRea
 }
 
 JsonDocument::JsonDocument(std::string_view text) try : json_(std::make_unique<const Json>(Json::parse(text))) {
-} catch (const Json::exception& error) {
-    throw JsonError(std::string("JSON is malformed: ") + error.what());
+} catch (const Json::parse_error& error) {
+    throw JsonError("JSON is malformed (byte " + std::to_string(error.byte) + ")");
 }
 
 JsonDocument::~JsonDocument() = default;

@@ -7,6 +7,7 @@
 
 #include "dtype.hpp"
 #include "json_reader.hpp"
+#include "printable.hpp"
 
 namespace lorafuse {
 namespace {
@@ -136,19 +137,18 @@ bool is_task_name(const std::string& name) {
 void check_tasks(const fs::path& path, const Manifest& manifest) {
     for (const auto& [name, task] : manifest.tasks) {
         if (!is_task_name(name)) {
-            throw Error("task name '" + name + "' can't be used; expected lower-case letters, digits, '_', '.', '-', and none of adapters, base, engines, manifest");
+            throw Error("task name " + in_quotes(name) + " can't be used; expected lower-case letters, digits, '_', '.', '-', and none of adapters, base, engines, manifest");
         }
         if (manifest.graphs.count(task.graph) == 0) {
-            throw Error(path.string() + ": task '" + name + "' names the graph '" + task.graph.substr(0, 12) +
-                        "'…, which the manifest lacks; export the task again");
+            throw Error(path.string() + ": task '" + name + "' names the graph " + in_quotes(task.graph.substr(0, 12)) +
+                        "…, which the manifest lacks; export the task again");
         }
     }
 }
 
 // The parts of a path in the bundle; none where it leaves the bundle or can't be printed.
 std::vector<std::string> parts_of(const std::string& path) {
-    const auto unprintable = [](unsigned char c) { return c < 0x20 || c == 0x7f || c == '\\'; };
-    if (path.empty() || path[0] == '/' || std::any_of(path.begin(), path.end(), unprintable)) return {};
+    if (path.empty() || path[0] == '/' || path.find('\\') != std::string::npos || !is_printable(path)) return {};
     std::vector<std::string> parts;
     for (const fs::path& part : fs::path(path)) {
         if (part == "..") return {};
@@ -163,8 +163,8 @@ void check_paths(const fs::path& bundle, const Files& files) {
     for (const File& file : files) {
         const std::vector<std::string> parts = parts_of(file.path);
         if (parts.empty() || parts == std::vector<std::string>{kManifest}) {
-            throw Error((bundle / kManifest).string() + ": file path '" + file.path +
-                        "' leaves the bundle, is its manifest or can't be printed; refusing to follow it");
+            throw Error((bundle / kManifest).string() + ": file path " + in_quotes(file.path) +
+                        " leaves the bundle, is its manifest or can't be printed; refusing to follow it");
         }
         fs::path folder;
         for (std::size_t i = 0; i + 1 < parts.size(); ++i) folders.insert(folder /= parts[i]);
@@ -207,7 +207,7 @@ Manifest read_manifest(const fs::path& bundle) {
         check_paths(bundle, files);
         return manifest;
     } catch (const JsonError& error) {
-        throw Error(path.string() + ": not a bundle's manifest (" + error.what() + "); export the tasks again");
+        throw Error(path.string() + ": not a bundle's manifest (" + printable(error.what()) + "); export the tasks again");
     }
 }
 

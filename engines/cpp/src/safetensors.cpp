@@ -7,6 +7,7 @@
 
 #include "dtype.hpp"
 #include "json_reader.hpp"
+#include "printable.hpp"
 
 namespace lorafuse {
 namespace {
@@ -37,11 +38,11 @@ Entry entry_of(const std::filesystem::path& path, const std::string& name, const
     described.check_fields({"dtype", "shape", "data_offsets"});
     const std::string code = described.at("dtype").text();
     const std::optional<DType> dtype = dtype_in_safetensors(code);
-    if (!dtype) throw Error(path.string() + ": tensor '" + name + "' has dtype " + code + "; engines take none such");
+    if (!dtype) throw Error(path.string() + ": tensor " + in_quotes(name) + " has dtype " + printable(code) + "; engines take none such");
     std::vector<std::int64_t> shape, offsets;
     described.at("shape").each([&](const JsonReader& size) { shape.push_back(size.number()); });
     described.at("data_offsets").each([&](const JsonReader& offset) { offsets.push_back(offset.number()); });
-    if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0]) refuse(path, "tensor '" + name + "' has offsets that are none");
+    if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0]) refuse(path, "tensor " + in_quotes(name) + " has offsets that are none");
     return {name, *dtype, std::move(shape), static_cast<std::uint64_t>(offsets[0]), static_cast<std::uint64_t>(offsets[1])};
 }
 
@@ -64,7 +65,7 @@ void check_coverage(const std::filesystem::path& path, std::vector<Entry>& entri
     for (const Entry& entry : entries) {
         const auto bytes = bytes_of(entry.shape, entry.dtype);
         if (entry.start != at || bytes != entry.end - entry.start) {
-            refuse(path, "tensor '" + entry.name + "' does not lie where its shape says");
+            refuse(path, "tensor " + in_quotes(entry.name) + " does not lie where its shape says");
         }
         at = entry.end;
     }
@@ -86,7 +87,7 @@ TensorFile::TensorFile(const std::filesystem::path& path) try : file_(path) {
         tensors_[entry.name] = {entry.dtype, std::move(entry.shape), data, static_cast<std::size_t>(entry.end - entry.start)};
     }
 } catch (const JsonError& error) {
-    refuse(path, error.what());
+    refuse(path, printable(error.what()));
 } catch (const std::system_error& error) {
     throw Error(path.string() + ": can't be read (" + error.code().message() + "); export the task again");
 }

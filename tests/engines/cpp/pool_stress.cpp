@@ -61,7 +61,7 @@ int main() {
     std::vector<std::thread> threads;
     for (unsigned seed = 0; seed < kThreads; ++seed) threads.emplace_back(work, seed);
     for (std::thread& thread : threads) thread.join();
-    std::printf("%d broken, %d held, loaded again: %s, refused: %s\n", counts.broken.load(), static_cast<int>(pool.held().size()),
-                counts.loads > kKeys ? "yes" : "no", counts.refused > 0 ? "yes" : "no");
+    if (pool.held().size() > kBudget) ++counts.broken;
+    std::printf("%d broken, loaded again: %s, refused: %s\n", counts.broken.load(), counts.loads > kKeys ? "yes" : "no", counts.refused > 0 ? "yes" : "no");
     return counts.broken == 0 ? 0 : 1;
 }

@@ -1,0 +1,18 @@
+// Text that came with a bundle, for a terminal.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace lorafuse {
+
+// Whether the UTF-8 text has only characters that show: no controls, no formats (which can turn a line around), no private ones.
+bool is_printable(std::string_view text);
+
+// The text with those characters escaped, as Python's unicode_escape has them.
+std::string printable(std::string_view text);
+
+// The same in quotes, as Python's repr: backslashes are escaped too.
+std::string in_quotes(std::string_view text);
+
+}  // namespace lorafuse
