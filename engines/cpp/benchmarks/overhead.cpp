@@ -72,7 +72,8 @@ void measure(const std::string& path, const std::string& name, std::int64_t leng
 int main(int count, char** values) {
     try {
         if (count < 5) throw lorafuse::Error("usage: lorafuse-overhead BUNDLE TASK LENGTH PAIRS [LIBRARY]");
-        measure(values[1], values[2], std::stoll(values[3]), std::stoi(values[4]), count > 5 ? values[5] : LORAFUSE_ONNXRUNTIME_LIBRARY);
+        measure(values[1], values[2], std::stoll(values[3]), std::stoi(values[4]),
+                count > 5 ? values[5] : LORAFUSE_ONNXRUNTIME_LIBRARY);
         return 0;
     } catch (const std::exception& error) {
         std::fprintf(stderr, "lorafuse-overhead: %s\n", error.what());

@@ -47,7 +47,8 @@ Arguments arguments_of(int count, char** values) {
         if (name == "--task") arguments.task = value();
         else if (name == "--ids") arguments.ids = ids_of(value());
         else if (name == "--tokens") arguments.tokens = std::stoi(value());
-        else if (name == "--mode") arguments.options.mode = value() == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
+        else if (name == "--mode")
+            arguments.options.mode = value() == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
         else if (name == "--memory") arguments.options.memory = std::stoull(value());
         else if (name == "--onnxruntime") arguments.options.onnxruntime = value();
         else if (name == "--unadapted") arguments.adapted = false;
@@ -73,7 +74,8 @@ public:
         Inputs inputs;
         for (const lorafuse::Port& port : ports_) {
             if (port.name == "input_ids") inputs[port.name] = lorafuse::view(ids_, {1, length});
-            else if (port.name == "attention_mask") inputs[port.name] = lorafuse::view(mask_, {1, static_cast<std::int64_t>(mask_.size())});
+            else if (port.name == "attention_mask")
+                inputs[port.name] = lorafuse::view(mask_, {1, static_cast<std::int64_t>(mask_.size())});
             else if (port.name == "token_type_ids") inputs[port.name] = lorafuse::view(types_, {1, length});
             else if (port.name == "position_ids") inputs[port.name] = lorafuse::view(positions_, {1, length});
             else inputs[port.name] = cached(port, past);
@@ -85,7 +87,8 @@ private:
     // The cache that the step before left; before the first, one of no length.
     static lorafuse::TensorView cached(const lorafuse::Port& port, const Outputs& past) {
         const std::string kPast = "past_key_values.";
-        if (const auto found = past.find("present." + port.name.substr(std::min(kPast.size(), port.name.size()))); found != past.end()) {
+        if (const auto found = past.find("present." + port.name.substr(std::min(kPast.size(), port.name.size())));
+            found != past.end()) {
             return found->second.view();
         }
         std::vector<std::int64_t> shape;
@@ -131,7 +134,8 @@ void answer(const Arguments& arguments) {
     Row row(runtime.inputs(arguments.task));
     if (arguments.tokens > 0) {
         std::string text;
-        for (const std::int64_t token : generate(task, row, arguments.ids, arguments.tokens)) text += (text.empty() ? "" : ",") + std::to_string(token);
+        for (const std::int64_t token : generate(task, row, arguments.ids, arguments.tokens))
+            text += (text.empty() ? "" : ",") + std::to_string(token);
         std::cout << text << '\n';
         return;
     }

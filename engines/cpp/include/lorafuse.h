@@ -62,8 +62,8 @@ LORAFUSE_API int lorafuse_open(const char* bundle, const lorafuse_options* optio
 LORAFUSE_API void lorafuse_close(lorafuse_runtime* runtime);
 
 /* Run a task; with `adapted` 0, the base under the task's head. Free the outputs with lorafuse_free. */
-LORAFUSE_API int lorafuse_run(lorafuse_runtime* runtime, const char* task, int adapted, const lorafuse_tensor* inputs,
-                              size_t count, lorafuse_outputs** outputs);
+LORAFUSE_API int lorafuse_run(lorafuse_runtime* runtime, const char* task, int adapted, const lorafuse_tensor* inputs, size_t count,
+                              lorafuse_outputs** outputs);
 LORAFUSE_API size_t lorafuse_count(const lorafuse_outputs* outputs);
 
 /* The output at `index`, in the order of the names; its memory belongs to `outputs`. */

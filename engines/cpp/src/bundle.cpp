@@ -21,7 +21,7 @@ constexpr time_t kClockStep = 2;
 }
 
 struct stat stat_of(const fs::path& path) {
-    struct stat found {};
+    struct stat found{};
     if (::lstat(path.c_str(), &found) == 0) return found;
     if (errno == ENOENT || errno == ENOTDIR) refuse(path, "missing from the bundle");
     refuse(path, "can't be read (" + std::generic_category().message(errno) + ")");
@@ -37,7 +37,8 @@ const TaskRecord& Bundle::task(const std::string& name) const {
         throw Error(path_.string() + ": no task '" + name + "' in this bundle; it holds: " + (known.empty() ? "none" : known));
     }
     if (found->second.factors) {
-        throw Error(path_.string() + ": task '" + name + "' is stored as factors, which the Python runtime merges and this one does not; add it with '--store dense'");
+        throw Error(path_.string() + ": task '" + name +
+                    "' is stored as factors, which the Python runtime merges and this one does not; add it with '--store dense'");
     }
     return found->second;
 }
@@ -49,9 +50,7 @@ std::string Bundle::model(const TaskRecord& task) const {
 
 Weights Bundle::base_weights(const TaskRecord& task) const { return opened(manifest_.base_weights, task); }
 
-Weights Bundle::own_weights(const TaskRecord& task) const {
-    return task.weights ? opened({*task.weights}, task) : Weights{};
-}
+Weights Bundle::own_weights(const TaskRecord& task) const { return task.weights ? opened({*task.weights}, task) : Weights{}; }
 
 std::set<std::string> Bundle::own_names(const TaskRecord& task) const {
     std::set<std::string> names;

@@ -40,7 +40,8 @@ const char* given(const char* text, const char* what) {
 lorafuse::Options options_of(const lorafuse_options* options) {
     if (options == nullptr) return {};
     if (options->mode != LORAFUSE_DEDICATED && options->mode != LORAFUSE_RESIDENT) {
-        throw lorafuse::Error("mode " + std::to_string(options->mode) + " is not known; expected LORAFUSE_DEDICATED or LORAFUSE_RESIDENT");
+        throw lorafuse::Error("mode " + std::to_string(options->mode) +
+                              " is not known; expected LORAFUSE_DEDICATED or LORAFUSE_RESIDENT");
     }
     const auto mode = options->mode == LORAFUSE_RESIDENT ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
     return {mode, options->threads, options->memory, options->onnxruntime == nullptr ? "" : options->onnxruntime};
@@ -50,10 +51,8 @@ lorafuse::Inputs inputs_of(const lorafuse_tensor* tensors, size_t count) {
     lorafuse::Inputs inputs;
     for (size_t i = 0; i < count; ++i) {
         const lorafuse_tensor& tensor = tensors[i];
-        inputs[given(tensor.name, "an input's name")] = {static_cast<lorafuse::DType>(tensor.dtype),
-                                                         {tensor.shape, tensor.shape + tensor.rank},
-                                                         tensor.data,
-                                                         tensor.bytes};
+        inputs[given(tensor.name, "an input's name")] = {
+            static_cast<lorafuse::DType>(tensor.dtype), {tensor.shape, tensor.shape + tensor.rank}, tensor.data, tensor.bytes};
     }
     return inputs;
 }

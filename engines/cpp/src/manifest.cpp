@@ -118,7 +118,8 @@ std::vector<File> base_of(const JsonReader& json, Files& files) {
 Manifest manifest_of(const JsonReader& json, Files& files) {
     json.check_fields({"schema", "base", "graphs", "tasks", "versions"}, {"timing_caches"});
     Manifest manifest{base_of(json.at("base"), files), {}, {}};
-    json.at("graphs").each([&](const std::string& name, const JsonReader& graph) { manifest.graphs[name] = graph_of(graph, files); });
+    json.at("graphs").each(
+        [&](const std::string& name, const JsonReader& graph) { manifest.graphs[name] = graph_of(graph, files); });
     json.at("tasks").each([&](const std::string& name, const JsonReader& task) { manifest.tasks[name] = task_of(task, files); });
     json.at("versions").each([](const std::string&, const JsonReader& version) { version.text(); });
     if (json.has("timing_caches")) {
@@ -137,7 +138,9 @@ bool is_task_name(const std::string& name) {
 void check_tasks(const fs::path& path, const Manifest& manifest) {
     for (const auto& [name, task] : manifest.tasks) {
         if (!is_task_name(name)) {
-            throw Error("task name " + in_quotes(name) + " can't be used; expected lower-case letters, digits, '_', '.', '-', and none of adapters, base, engines, manifest");
+            throw Error("task name " + in_quotes(name) +
+                        " can't be used; expected lower-case letters, digits, '_', '.', '-', and none of adapters, base, engines, "
+                        "manifest");
         }
         if (manifest.graphs.count(task.graph) == 0) {
             throw Error(path.string() + ": task '" + name + "' names the graph " + in_quotes(task.graph.substr(0, 12)) +
@@ -188,7 +191,8 @@ void check_schema(const fs::path& path, const JsonReader& json) {
     const std::int64_t schema = json.at("schema").number();
     const std::string found = path.string() + ": schema " + std::to_string(schema), ours = std::to_string(kSchema);
     if (schema > kSchema) throw Error(found + " is newer than this program reads (" + ours + "); update lorafuse");
-    if (schema < kSchema) throw Error(found + " is of an earlier lorafuse, and this one reads " + ours + "; export the tasks again");
+    if (schema < kSchema)
+        throw Error(found + " is of an earlier lorafuse, and this one reads " + ours + "; export the tasks again");
 }
 
 }  // namespace

@@ -40,7 +40,8 @@ struct Manifest {
     std::map<std::string, TaskRecord> tasks;
 };
 
-// The manifest of the bundle in `bundle`. Throws Error when it is none, is damaged, is of another schema or leads out of the bundle.
+// The manifest of the bundle in `bundle`. Throws Error when it is none, is damaged, is of another schema or leads out of the
+// bundle.
 Manifest read_manifest(const std::filesystem::path& bundle);
 
 }  // namespace lorafuse

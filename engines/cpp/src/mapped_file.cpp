@@ -26,7 +26,7 @@ struct Descriptor {
 MappedFile::MappedFile(const std::filesystem::path& path) {
     const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
     if (file.value < 0) refuse();
-    struct stat found {};
+    struct stat found{};
     if (::fstat(file.value, &found) != 0) refuse();
     size_ = static_cast<std::size_t>(found.st_size);
     if (size_ == 0) return;  // an empty range can't be mapped

@@ -34,9 +34,12 @@ std::string listed(const Names& names) {
 Environment::Environment(const std::string& library) {
     // Never closed: ONNX Runtime keeps threads and statics of its own until the process ends.
     void* loaded = ::dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (loaded == nullptr) throw Error(std::string("ONNX Runtime can't be loaded (") + ::dlerror() + "); give its library's path as Options::onnxruntime");
+    if (loaded == nullptr)
+        throw Error(std::string("ONNX Runtime can't be loaded (") + ::dlerror() +
+                    "); give its library's path as Options::onnxruntime");
     auto* entry = reinterpret_cast<const OrtApiBase* (*)() noexcept>(::dlsym(loaded, "OrtGetApiBase"));
-    if (entry == nullptr) throw Error(library + ": not ONNX Runtime (it has no OrtGetApiBase); give its library's path as Options::onnxruntime");
+    if (entry == nullptr)
+        throw Error(library + ": not ONNX Runtime (it has no OrtGetApiBase); give its library's path as Options::onnxruntime");
     version_ = entry()->GetVersionString();
     api_ = entry()->GetApi(kApiVersion);
     if (api_ == nullptr) throw Error(library + ": ONNX Runtime " + version_ + " is too old; expected 1.12 or newer");
@@ -59,7 +62,8 @@ void Environment::check(OrtStatus* status) const {
 }
 
 Handle<OrtValue> Environment::value_of(const TensorView& tensor) const {
-    if (tensor.data == nullptr && tensor.bytes > 0) throw Error("a tensor of " + std::to_string(tensor.bytes) + " bytes lies nowhere; give its data");
+    if (tensor.data == nullptr && tensor.bytes > 0)
+        throw Error("a tensor of " + std::to_string(tensor.bytes) + " bytes lies nowhere; give its data");
     OrtValue* value = nullptr;
     const auto element = static_cast<ONNXTensorElementDataType>(names_of(tensor.dtype).element);
     check(api_->CreateTensorWithDataAsOrtValue(memory_.get(), const_cast<void*>(tensor.data), tensor.bytes, tensor.shape.data(),
@@ -74,7 +78,8 @@ Bound::Bound(const Environment& environment, const Tensors& tensors) {
     }
 }
 
-Session::Session(std::shared_ptr<const Environment> environment, const Model& model, int threads) : environment_(std::move(environment)) {
+Session::Session(std::shared_ptr<const Environment> environment, const Model& model, int threads)
+    : environment_(std::move(environment)) {
     const OrtApi& api = environment_->api();
     const auto check = [&](OrtStatus* status) { environment_->check(status); };
     try {
@@ -100,12 +105,13 @@ Session::Session(std::shared_ptr<const Environment> environment, const Model& mo
         }
         if (!names.empty()) check(api.AddExternalInitializers(made, names.data(), values.data(), names.size()));
         OrtSession* session = nullptr;
-        check(api.CreateSessionFromArrayWithPrepackedWeightsContainer(environment_->env(), model.graph.data(), model.graph.size(), made,
-                                                                      environment_->prepacked(), &session));
+        check(api.CreateSessionFromArrayWithPrepackedWeightsContainer(environment_->env(), model.graph.data(), model.graph.size(),
+                                                                      made, environment_->prepacked(), &session));
         session_ = owned(session, api.ReleaseSession);
         read_ports();
     } catch (const Error& error) {
-        throw Error(model.folder.string() + ": ONNX Runtime " + environment_->version() + " can't load the model (" + error.what() + ")");
+        throw Error(model.folder.string() + ": ONNX Runtime " + environment_->version() + " can't load the model (" + error.what() +
+                    ")");
     }
 }
 
@@ -165,8 +171,8 @@ Outputs Session::run(const Inputs& inputs, const Bound& bound) const {
             names.push_back(bound.name(i).c_str());
             values.push_back(bound.value(i));
         }
-        environment_->check(environment_->api().Run(session_.get(), nullptr, names.data(), values.data(), names.size(), output_names_.data(),
-                                                    output_names_.size(), found.data()));
+        environment_->check(environment_->api().Run(session_.get(), nullptr, names.data(), values.data(), names.size(),
+                                                    output_names_.data(), output_names_.size(), found.data()));
     } catch (const Error& error) {
         throw refusal(inputs, error.what());
     }
@@ -189,7 +195,8 @@ Tensor Session::tensor_of(Handle<OrtValue> value) const {
     content.bytes = size_of(content.dtype);
     for (const std::int64_t size : content.shape) content.bytes *= static_cast<std::size_t>(size);
     const auto release = [environment = environment_](OrtValue* held) { environment->api().ReleaseValue(held); };
-    return Tensor(std::move(content), std::shared_ptr<void>(value.release(), [release](void* held) { release(static_cast<OrtValue*>(held)); }));
+    return Tensor(std::move(content),
+                  std::shared_ptr<void>(value.release(), [release](void* held) { release(static_cast<OrtValue*>(held)); }));
 }
 
 // The inputs are looked at only when ONNX Runtime has refused them.
@@ -198,11 +205,14 @@ Error Session::refusal(const Inputs& inputs, const std::string& reason) const {
     if (inputs.size() != inputs_.size() || !std::equal(inputs.begin(), inputs.end(), inputs_.begin(), same_name)) {
         return Error("inputs " + listed(inputs) + " given; this engine takes exactly " + listed(inputs_));
     }
-    const auto described = [](DType dtype, std::size_t rank) { return std::string(name_of(dtype)) + " of rank " + std::to_string(rank); };
+    const auto described = [](DType dtype, std::size_t rank) {
+        return std::string(name_of(dtype)) + " of rank " + std::to_string(rank);
+    };
     for (const auto& [name, takes] : inputs_) {
         const TensorView& given = inputs.at(name);
         if (given.dtype != takes.dtype || given.shape.size() != takes.rank) {
-            return Error("input '" + name + "' is " + described(given.dtype, given.shape.size()) + "; expected " + described(takes.dtype, takes.rank));
+            return Error("input '" + name + "' is " + described(given.dtype, given.shape.size()) + "; expected " +
+                         described(takes.dtype, takes.rank));
         }
     }
     return Error("ONNX Runtime can't run these inputs (" + reason + ")");

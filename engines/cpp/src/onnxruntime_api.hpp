@@ -41,8 +41,8 @@ struct OrtApi {
     const char* (*GetErrorMessage)(const OrtStatus*) noexcept;
     OrtStatus* (*CreateEnv)(OrtLoggingLevel, const char*, OrtEnv**) noexcept;
     void* unused_4[5];
-    OrtStatus* (*Run)(OrtSession*, const OrtRunOptions*, const char* const*, const OrtValue* const*, std::size_t, const char* const*,
-                      std::size_t, OrtValue**) noexcept;
+    OrtStatus* (*Run)(OrtSession*, const OrtRunOptions*, const char* const*, const OrtValue* const*, std::size_t,
+                      const char* const*, std::size_t, OrtValue**) noexcept;
     OrtStatus* (*CreateSessionOptions)(OrtSessionOptions**) noexcept;
     void* unused_11[11];
     OrtStatus* (*SetSessionLogSeverityLevel)(OrtSessionOptions*, int) noexcept;
@@ -93,8 +93,9 @@ struct OrtApi {
     OrtStatus* (*CreatePrepackedWeightsContainer)(OrtPrepackedWeightsContainer**) noexcept;
     void (*ReleasePrepackedWeightsContainer)(OrtPrepackedWeightsContainer*) noexcept;
     void* unused_168[1];
-    OrtStatus* (*CreateSessionFromArrayWithPrepackedWeightsContainer)(const OrtEnv*, const void*, std::size_t, const OrtSessionOptions*,
-                                                                      OrtPrepackedWeightsContainer*, OrtSession**) noexcept;
+    OrtStatus* (*CreateSessionFromArrayWithPrepackedWeightsContainer)(const OrtEnv*, const void*, std::size_t,
+                                                                      const OrtSessionOptions*, OrtPrepackedWeightsContainer*,
+                                                                      OrtSession**) noexcept;
     void* unused_170[40];
     OrtStatus* (*AddExternalInitializers)(OrtSessionOptions*, const char* const*, const OrtValue* const*, std::size_t) noexcept;
 };

@@ -8,8 +8,8 @@ namespace lorafuse {
 namespace {
 
 // onnx.proto3: the numbers of the fields on the way from a model to an input's dimension.
-constexpr std::uint64_t kModelGraph = 7, kGraphInput = 11, kValueName = 1, kValueType = 2, kTypeTensor = 1,
-                        kTensorElement = 1, kTensorShape = 2, kShapeDimension = 1, kDimensionValue = 1;
+constexpr std::uint64_t kModelGraph = 7, kGraphInput = 11, kValueName = 1, kValueType = 2, kTypeTensor = 1, kTensorElement = 1,
+                        kTensorShape = 2, kShapeDimension = 1, kDimensionValue = 1;
 
 // Seven bits a byte, the lowest first; all but the last byte have the highest bit set.
 std::string varint(std::uint64_t value) {
@@ -18,7 +18,9 @@ std::string varint(std::uint64_t value) {
     return encoded += static_cast<char>(value);
 }
 
-std::string message(std::uint64_t field, const std::string& content) { return varint(field << 3 | 2) + varint(content.size()) + content; }
+std::string message(std::uint64_t field, const std::string& content) {
+    return varint(field << 3 | 2) + varint(content.size()) + content;
+}
 
 std::string number(std::uint64_t field, std::uint64_t value) { return varint(field << 3) + varint(value); }
 

@@ -26,7 +26,8 @@ public:
 
     Pool(Load load, Cost cost, std::uint64_t budget) : load_(std::move(load)), cost_(std::move(cost)), budget_(budget) {}
 
-    // The thing of `key`, in use for as long as a copy of the pointer lives. Throws what loading it throws; the next use loads anew.
+    // The thing of `key`, in use for as long as a copy of the pointer lives. Throws what loading it throws; the next use loads
+    // anew.
     std::shared_ptr<const Value> use(const Key& key) {
         std::unique_lock lock(mutex_);
         auto entry = find(key);
@@ -34,7 +35,8 @@ public:
             changed_.wait(lock);
             entry = find(key);
         }
-        if (entry == entries_.end()) return loaded(lock, entries_.insert(entries_.end(), Entry{key, cost_(key), 1, false, nullptr, nullptr}));
+        if (entry == entries_.end())
+            return loaded(lock, entries_.insert(entries_.end(), Entry{key, cost_(key), 1, false, nullptr, nullptr}));
         entries_.splice(entries_.end(), entries_, entry);
         ++entry->users;
         changed_.wait(lock, [&] { return entry->ready; });
@@ -106,7 +108,8 @@ private:
     bool make_room(std::uint64_t cost) {
         if (budget_ == 0) return true;
         if (cost > budget_) {
-            throw Error(std::to_string(cost) + " bytes of weights are needed at once, and the memory budget is " + std::to_string(budget_) + "; raise it");
+            throw Error(std::to_string(cost) + " bytes of weights are needed at once, and the memory budget is " +
+                        std::to_string(budget_) + "; raise it");
         }
         while (used() > budget_ - cost) {
             const auto idle = std::find_if(entries_.begin(), entries_.end(), [](const Entry& entry) { return entry.users == 0; });

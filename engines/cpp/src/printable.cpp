@@ -13,12 +13,21 @@ struct Range {
 };
 
 // Of Unicode's categories Cc, Cf, Co, Cs, Zl, Zp and Zs (but for the space), the ranges that matter in a terminal.
-constexpr std::array<Range, 10> kHidden = {{{0, 0x1f}, {0x7f, 0xa0}, {0xad, 0xad}, {0x2000, 0x200f}, {0x2028, 0x202f}, {0x205f, 0x206f},
-                                            {0x3000, 0x3000}, {0xd800, 0xf8ff}, {0xfff0, 0xfffb}, {0xe0000, 0x10ffff}}};
+constexpr std::array<Range, 10> kHidden = {{{0, 0x1f},
+                                            {0x7f, 0xa0},
+                                            {0xad, 0xad},
+                                            {0x2000, 0x200f},
+                                            {0x2028, 0x202f},
+                                            {0x205f, 0x206f},
+                                            {0x3000, 0x3000},
+                                            {0xd800, 0xf8ff},
+                                            {0xfff0, 0xfffb},
+                                            {0xe0000, 0x10ffff}}};
 
 bool is_hidden(std::uint32_t character) {
-    return character == 0xfeff || std::any_of(kHidden.begin(), kHidden.end(),
-                                              [&](const Range& range) { return character >= range.first && character <= range.last; });
+    return character == 0xfeff || std::any_of(kHidden.begin(), kHidden.end(), [&](const Range& range) {
+               return character >= range.first && character <= range.last;
+           });
 }
 
 // The character at the front of valid UTF-8, and how many bytes it takes.

@@ -36,7 +36,9 @@ struct Runtime::State {
           environment(std::make_shared<Environment>(given.onnxruntime.empty() ? LORAFUSE_ONNXRUNTIME_LIBRARY : given.onnxruntime)),
           tasks([this](const Key& key) { return load(key); }, [this](const Key& key) { return cost(key); }, given.memory) {}
 
-    std::shared_ptr<const Task::State> load(const Key& key) { return options.mode == Mode::dedicated ? dedicated(key) : resident(key); }
+    std::shared_ptr<const Task::State> load(const Key& key) {
+        return options.mode == Mode::dedicated ? dedicated(key) : resident(key);
+    }
 
     // What a task holds beside the base, which all sessions share. Its own weights they don't: what is prepacked for all stays.
     std::uint64_t cost(const Key& key) const {
@@ -67,7 +69,8 @@ struct Runtime::State {
         loaded->base = bundle.base_weights(task), loaded->own = bundle.own_weights(task);
         for (const auto& [name, _] : loaded->own.tensors) {
             if (graph.exchanged.count(name) == 0) {
-                throw Error("task '" + key.first + "' could not be read when the runtime opened its graph, and changes '" + name + "'; open the runtime again");
+                throw Error("task '" + key.first + "' could not be read when the runtime opened its graph, and changes '" + name +
+                            "'; open the runtime again");
             }
         }
         loaded->session = graph.session;

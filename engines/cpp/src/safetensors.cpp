@@ -38,11 +38,13 @@ Entry entry_of(const std::filesystem::path& path, const std::string& name, const
     described.check_fields({"dtype", "shape", "data_offsets"});
     const std::string code = described.at("dtype").text();
     const std::optional<DType> dtype = dtype_in_safetensors(code);
-    if (!dtype) throw Error(path.string() + ": tensor " + in_quotes(name) + " has dtype " + printable(code) + "; engines take none such");
+    if (!dtype)
+        throw Error(path.string() + ": tensor " + in_quotes(name) + " has dtype " + printable(code) + "; engines take none such");
     std::vector<std::int64_t> shape, offsets;
     described.at("shape").each([&](const JsonReader& size) { shape.push_back(size.number()); });
     described.at("data_offsets").each([&](const JsonReader& offset) { offsets.push_back(offset.number()); });
-    if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0]) refuse(path, "tensor " + in_quotes(name) + " has offsets that are none");
+    if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0])
+        refuse(path, "tensor " + in_quotes(name) + " has offsets that are none");
     return {name, *dtype, std::move(shape), static_cast<std::uint64_t>(offsets[0]), static_cast<std::uint64_t>(offsets[1])};
 }
 
@@ -58,9 +60,8 @@ std::string_view header_of(const std::filesystem::path& path, const MappedFile& 
 
 // Every byte of data belongs to exactly one tensor: no gaps, no overlaps, nothing behind.
 void check_coverage(const std::filesystem::path& path, std::vector<Entry>& entries, std::uint64_t size) {
-    std::sort(entries.begin(), entries.end(), [](const Entry& one, const Entry& two) {
-        return std::tie(one.start, one.end) < std::tie(two.start, two.end);
-    });
+    std::sort(entries.begin(), entries.end(),
+              [](const Entry& one, const Entry& two) { return std::tie(one.start, one.end) < std::tie(two.start, two.end); });
     std::uint64_t at = 0;
     for (const Entry& entry : entries) {
         const auto bytes = bytes_of(entry.shape, entry.dtype);

@@ -52,7 +52,9 @@ int main() {
             const int key = static_cast<int>(chance() % kKeys);
             try {
                 const auto thing = pool.use(key);
-                if (thing->key != key || counts.alive[static_cast<std::size_t>(key)] != 1 || total(counts) > static_cast<int>(kBudget)) ++counts.broken;
+                if (thing->key != key || counts.alive[static_cast<std::size_t>(key)] != 1 ||
+                    total(counts) > static_cast<int>(kBudget))
+                    ++counts.broken;
             } catch (const lorafuse::Error&) {
                 ++counts.refused;
             }
@@ -62,6 +64,7 @@ int main() {
     for (unsigned seed = 0; seed < kThreads; ++seed) threads.emplace_back(work, seed);
     for (std::thread& thread : threads) thread.join();
     if (pool.held().size() > kBudget) ++counts.broken;
-    std::printf("%d broken, loaded again: %s, refused: %s\n", counts.broken.load(), counts.loads > kKeys ? "yes" : "no", counts.refused > 0 ? "yes" : "no");
+    std::printf("%d broken, loaded again: %s, refused: %s\n", counts.broken.load(), counts.loads > kKeys ? "yes" : "no",
+                counts.refused > 0 ? "yes" : "no");
     return counts.broken == 0 ? 0 : 1;
 }

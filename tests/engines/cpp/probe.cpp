@@ -24,7 +24,8 @@ void tensors(const std::string& path) {
         const lorafuse::TensorFile file(path);
         std::cout << "whole";
         for (const auto& [name, tensor] : file.tensors()) {
-            std::cout << ' ' << name << ' ' << name_of(tensor.dtype) << ' ' << lorafuse::sha256(tensor.data, tensor.bytes).substr(0, 16);
+            std::cout << ' ' << name << ' ' << name_of(tensor.dtype) << ' '
+                      << lorafuse::sha256(tensor.data, tensor.bytes).substr(0, 16);
             for (const std::int64_t size : tensor.shape) std::cout << ' ' << size;
         }
         std::cout << '\n';
@@ -38,7 +39,9 @@ std::vector<std::int64_t> row(std::int64_t value) { return std::vector<std::int6
 struct Row {
     std::vector<std::int64_t> ids = row(2307), mask = row(1), types = row(0);
     Inputs inputs() const {
-        return {{"input_ids", lorafuse::view(ids, {1, 8})}, {"attention_mask", lorafuse::view(mask, {1, 8})}, {"token_type_ids", lorafuse::view(types, {1, 8})}};
+        return {{"input_ids", lorafuse::view(ids, {1, 8})},
+                {"attention_mask", lorafuse::view(mask, {1, 8})},
+                {"token_type_ids", lorafuse::view(types, {1, 8})}};
     }
 };
 
