@@ -1,4 +1,4 @@
-"""``lorafuse merge`` and ``lorafuse inspect``."""
+"""``lorafuse merge``, ``lorafuse inspect`` and ``lorafuse plan``."""
 
 from __future__ import annotations
 
@@ -109,6 +109,47 @@ def inspect(
             print(f"left out, because they are for other models: {', '.join(found.skipped)}")
         print(found.verdict)
     raise typer.Exit(NO if found.refused else DONE)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="gpt3-175b, the paper's model; or a transformers configuration: config.json, or its folder.")],
+    rank: Annotated[int, typer.Option(min=1, help="The rank of A and B.")] = 4,
+    targets: Annotated[str, typer.Option(help="q, k, v and o of attention, or names that module paths end in; comma-separated.")] = "q,v",
+    tasks: Annotated[int, typer.Option(min=1, help="How many adapters share the base.")] = 100,
+    width: Annotated[int, typer.Option(min=1, max=8, help="Bytes of a stored number.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """What adapters of a model cost, before one is trained: parameters, checkpoints, optimizer, storage. No weights are needed.
+
+    Example: lorafuse plan --model gpt3-175b --rank 4 --targets q,v --tasks 100
+    """
+    from lora.dimensions import PAPERS_CASE, read_dimensions, with_papers_figures
+    from lora.economics import plan as planned
+
+    found = planned(read_dimensions(model, targets.split(",")), rank, tasks, width)
+    if (model, rank, targets, width) == PAPERS_CASE:
+        found = with_papers_figures(found)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        rows = [(figure.name, _shown(figure.value, figure.unit), figure.formula, figure.paper) for figure in found.figures]
+        columns = ("", "", "because", "the paper says" if any(figure.paper for figure in found.figures) else "")
+        print_table(f"{model}: LoRA of rank {rank} on {targets}", columns, rows)
+        for assumption in found.assumptions:
+            print(f"- {assumption}")
+
+
+def _shown(value: float, unit: str) -> str:
+    """A figure for people."""
+    match unit:
+        case "bytes":
+            return megabytes(int(value)) if value < 10**12 else f"{value / 10**12:.2f} TB"
+        case "%":
+            return f"{value:.3%}"
+        case "×":
+            return f"{value:,.0f} ×" if value >= 100 else f"{value:.2f} ×"
+    return f"{value:,.0f}"
 
 
 def _weighted(adapter: Path | None, weighted: list[str] | None) -> tuple[tuple[Path, float], ...]:

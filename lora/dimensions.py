@@ -1,0 +1,120 @@
+"""A model's dimensions from its transformers configuration alone: it is built without memory for its weights, on torch's meta device."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lora.economics import Dimensions, Plan, Product
+from lora.errors import AdapterError
+from lora.layers import chosen_layers
+
+# The paper's model (Brown et al. 2020, table 2.1), which has GPT-2's architecture.
+GPT3 = "gpt3-175b"
+GPT3_CONFIG: dict[str, Any] = {"n_embd": 12288, "n_layer": 96, "n_head": 96, "n_positions": 2048, "vocab_size": 50257}
+PAPERS_CASE = (GPT3, 4, "q,v", 2)  # model, rank, targets, bytes of a number
+# The paper's figures for that: sections 1, 4.2 and 5.5.
+PAPER = {
+    "parameters of the base": "175 billion",
+    "checkpoint, full fine-tuning": "350 GB",
+    "checkpoint, LoRA": "35 MB, as 350 GB ÷ 10,000",
+    "checkpoint, full ÷ LoRA": "roughly 10,000",
+    "weights and moments, LoRA": "350 GB",
+    "weights and moments, full ÷ LoRA": "3 (1.2 TB of memory in all to 350 GB)",
+    "100 tasks, one base and an adapter each": "354 GB",
+    "100 tasks, a model each": "35 TB",
+}
+# What families of models call the projections of attention; and those that are fused, with their parts in order.
+SEPARATE = {
+    "q": ("q_proj", "query", "q_lin", "SelfAttention.q", "EncDecAttention.q", "query_proj"),
+    "k": ("k_proj", "key", "k_lin", "SelfAttention.k", "EncDecAttention.k", "key_proj"),
+    "v": ("v_proj", "value", "v_lin", "SelfAttention.v", "EncDecAttention.v", "value_proj"),
+    "o": ("o_proj", "out_proj", "attention.output.dense", "out_lin", "SelfAttention.o", "EncDecAttention.o", "attn.c_proj", "attention.dense"),
+}
+FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")
+PARTS = ("q", "k", "v")
+
+
+def read_dimensions(model: str, targets: Sequence[str]) -> Dimensions:
+    """The dimensions of ``gpt3-175b`` or of the configuration at a path (config.json, or its folder).
+
+    ``targets`` are the paper's q, k, v and o, or names that module paths end in. Raises AdapterError when there is no such
+    configuration, its architecture is unknown, or a target names nothing.
+    """
+    config = _config(model)
+    built = _built(model, config)
+    products = [product for target in targets for product in _products(built, config, target)]
+    if repeated := sorted({product.name for product in products if sum(product.name == other.name for other in products) > 1}):
+        raise AdapterError(f"targets {', '.join(targets)}: '{repeated[0]}' is named twice; name it once")
+    return Dimensions(model, sum(parameter.numel() for parameter in built.parameters()), tuple(products))
+
+
+def with_papers_figures(found: Plan) -> Plan:
+    """The plan of the paper's model, with the paper's own figures beside it."""
+    return replace(found, figures=tuple(replace(figure, paper=PAPER.get(figure.name, "")) for figure in found.figures))
+
+
+def _config(model: str) -> Any:
+    if model == GPT3:
+        return transformers.GPT2Config(**GPT3_CONFIG)
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except OSError as error:
+        raise AdapterError(f"{path}: can't be read ({error.strerror}); give a config.json, its folder, or {GPT3}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise AdapterError(f"{path}: not the configuration of a model that transformers knows ({' '.join(str(error).split())[:120]})") from error
+
+
+def _built(model: str, config: Any) -> Any:
+    """A language model where the architecture has one (its parameters are tied to the embeddings', or counted), else the plain model."""
+    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    auto: Any = transformers.AutoModelForCausalLM if causal and not encoder else transformers.AutoModel
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"{model}: transformers can't build the model ({' '.join(str(error).split())[:120]})") from error
+
+
+def _products(model: Any, config: Any, target: str) -> list[Product]:
+    if target not in SEPARATE:
+        return [_product(path, layer) for path, layer in chosen_layers(model, (target,)).items()]
+    paths = {path: layer for path, layer in model.named_modules() if getattr(layer, "weight", None) is not None and layer.weight.ndim == 2}
+    found = [_product(path, layer) for path, layer in paths.items() if _ends_in(path, SEPARATE[target])]
+    if found:
+        return found
+    if target in PARTS:
+        found = [_part(path, layer, config, target) for path, layer in paths.items() if _ends_in(path, FUSED)]
+    if not found:
+        raise AdapterError(f"target '{target}': {type(model).__name__} has no projection by a name that is known; give the module's own name, as for PEFT")
+    return found
+
+
+def _ends_in(path: str, names: Sequence[str]) -> bool:
+    return any(f".{path}".endswith(f".{name}") for name in names)
+
+
+def _product(path: str, layer: Any) -> Product:
+    rows, columns = layer.weight.shape
+    return Product(path, columns, rows) if isinstance(layer, torch.nn.Linear) else Product(path, rows, columns)
+
+
+def _part(path: str, layer: Any, config: Any, target: str) -> Product:
+    """One of queries, keys and values in a fused projection; grouped heads make the latter two narrower."""
+    whole = _product(path, layer)
+    heads = config.num_attention_heads
+    grouped = getattr(config, "num_key_value_heads", None) or heads
+    size = whole.outputs // (heads + 2 * grouped)
+    return Product(f"{path}[{target}]", whole.inputs, size * (heads if target == "q" else grouped))

@@ -1,0 +1,125 @@
+"""The paper's arithmetic: its own figures for GPT-3, and the parameters that PEFT counts on other models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from lora.dimensions import GPT3, read_dimensions
+from lora.economics import Dimensions, Product, plan
+from lora.errors import AdapterError
+
+COMMAND = Path(sys.executable).with_name("lorafuse")
+
+
+def figures(*arguments: str | Path) -> dict[str, dict[str, Any]]:
+    found = json.loads(subprocess.check_output([COMMAND, "plan", *arguments, "--json"], text=True))
+    return {figure["name"]: figure for figure in found["figures"]}
+
+
+def test_gpt3s_figures_are_the_papers_from_its_dimensions():
+    """Sections 1, 4.2 and 5.5: 175 billion parameters, 350 GB, 35 MB, ÷ 10,000, ÷ 3, 354 GB, 35 TB; the paper rounds generously."""
+    found = figures("--model", GPT3, "--rank", "4", "--targets", "q,v", "--tasks", "100")
+    wanted = {
+        "parameters of the base": 175e9,
+        "checkpoint, full fine-tuning": 350e9,
+        "checkpoint, LoRA": 35e6,
+        "checkpoint, full ÷ LoRA": 10_000,
+        "weights and moments, LoRA": 350e9,
+        "weights and moments, full ÷ LoRA": 3,
+        "100 tasks, one base and an adapter each": 354e9,
+        "100 tasks, a model each": 35e12,
+    }
+    for name, value in wanted.items():
+        assert found[name]["value"] == pytest.approx(value, rel=0.08), name
+        assert found[name]["paper"]
+    assert found["trainable parameters"]["value"] == 96 * 2 * 4 * (12288 + 12288)
+    assert found["trainable parameters"]["formula"].endswith("192 × 4 × (12288 + 12288)")
+    assert found["weights and moments, full ÷ LoRA"]["value"] == pytest.approx(3, abs=0.001)
+
+
+def test_the_papers_figures_stand_beside_its_own_case_only():
+    assert not any(figure["paper"] for figure in figures("--model", GPT3, "--rank", "8").values())
+
+
+def test_the_arithmetic_by_hand():
+    found = plan(Dimensions("model", 1000, (Product("a", 10, 20), Product("b", 10, 20), Product("c", 5, 5))), rank=2, tasks=3, width=4)
+    values = {figure.name: figure.value for figure in found.figures}
+    trainable = 2 * (30 + 30 + 10)
+    assert values["trainable parameters"] == trainable
+    assert values["checkpoint, LoRA"] == 4 * trainable
+    assert values["Adam's moments, full fine-tuning"] == 8000
+    assert values["weights and moments, LoRA"] == 4 * 1000 + 12 * trainable
+    assert values["3 tasks, one base and an adapter each"] == 4000 + 3 * 4 * trainable
+    assert next(figure.formula for figure in found.figures if figure.name == "trainable parameters").endswith("2 × 2 × (10 + 20) + 1 × 2 × (5 + 5)")
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 96}
+MODELS = {
+    "gpt2": (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96), "c_attn,c_fc"),
+    "llama": (transformers.LlamaConfig(**SMALL, num_key_value_heads=2), "q,k,v,o"),
+    "qwen2": (transformers.Qwen2Config(**SMALL, num_key_value_heads=1), "q,v,down_proj"),
+    "bert": (transformers.BertConfig(**SMALL), "q,v"),
+    "distilbert": (transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=96), "q,k,v,o"),
+    "deberta": (transformers.DebertaV2Config(**SMALL, relative_attention=True), "q,k,v"),
+    "t5": (transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=96), "q,v"),
+    "neox": (transformers.GPTNeoXConfig(**SMALL), "query_key_value"),
+    "vit": (transformers.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32), "q_proj,v_proj"),
+}
+
+
+@pytest.mark.parametrize(("config", "targets"), MODELS.values(), ids=MODELS)
+def test_trainable_parameters_are_those_that_peft_counts(tmp_path: Path, config: Any, targets: str):
+    config.save_pretrained(tmp_path)
+    found = read_dimensions(str(tmp_path), targets.split(","))
+    with torch.device("meta"):
+        causal = type(config) in (transformers.GPT2Config, transformers.LlamaConfig, transformers.Qwen2Config, transformers.GPTNeoXConfig)
+        model = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config)
+        assert found.parameters == model.num_parameters()
+        modules = sorted({product.name for product in found.products})
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=modules))
+    trainable, _ = wrapped.get_nb_trainable_parameters()
+    assert sum(3 * (product.inputs + product.outputs) for product in found.products) == trainable
+
+
+def test_the_parts_of_a_fused_projection_are_as_wide_as_their_heads(tmp_path: Path):
+    transformers.Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0).save_pretrained(tmp_path)
+    found = read_dimensions(str(tmp_path / "config.json"), ["q", "k", "v"])
+    assert [product.outputs for product in found.products[::2]] == [32, 16, 16]
+    assert {product.inputs for product in found.products} == {32}
+
+
+@pytest.mark.parametrize(
+    ("content", "targets", "said"),
+    [
+        (None, ["q"], r"config\.json: can't be read \(No such file or directory\); give a config\.json, its folder, or gpt3-175b"),
+        ("{", ["q"], r"config\.json: not the configuration of a model that transformers knows"),
+        ("[]", ["q"], r"config\.json: not the configuration of a model that transformers knows"),
+        ('{"model_type": "nope"}', ["q"], r"config\.json: not the configuration of a model that transformers knows"),
+        ('{"model_type": "bert", "hidden_size": 30}', ["q"], "transformers can't build the model"),
+        ('{"model_type": "bert"}', ["nope"], "target 'nope': BertModel has no such module; its layers are called dense, key, "),
+        ('{"model_type": "resnet"}', ["q"], "target 'q': ResNetModel has no projection by a name that is known"),
+        ('{"model_type": "bert"}', ["q", "query"], r"targets q, query: '.*query' is named twice; name it once"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(tmp_path: Path, content: str | None, targets: list[str], said: str):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(AdapterError, match=said) as refused:
+        read_dimensions(str(tmp_path), targets)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_table_shows_formulas_and_assumptions():
+    said = subprocess.check_output([COMMAND, "plan", "--model", GPT3], text=True)
+    assert "2 B × 18,874,368" in said
+    assert "35 MB, as 350 GB ÷ 10,000" in said
+    assert "gradients and activations are left out" in said
