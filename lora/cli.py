@@ -11,12 +11,14 @@ import typer
 
 from lora.errors import LorafuseError
 from lora.terminal import DONE, NO, megabytes, print_json, print_table, progress
+from lora.train_cli import train
 
 if TYPE_CHECKING:
     from lora.formats.read import ReadOptions
     from lora.merged_checkpoint import Written
 
 app = typer.Typer()
+app.command()(train)
 
 
 class FloatDtype(StrEnum):

@@ -15,6 +15,7 @@ import transformers
 from lora.economics import Dimensions, Plan, Product
 from lora.errors import AdapterError
 from lora.layers import chosen_layers
+from lora.projections import FUSED, PARTS, SEPARATE, ends_in
 
 # The paper's model (Brown et al. 2020, table 2.1), which has GPT-2's architecture.
 GPT3 = "gpt3-175b"
@@ -31,15 +32,6 @@ PAPER = {
     "100 tasks, one base and an adapter each": "354 GB",
     "100 tasks, a model each": "35 TB",
 }
-# What families of models call the projections of attention; and those that are fused, with their parts in order.
-SEPARATE = {
-    "q": ("q_proj", "query", "q_lin", "SelfAttention.q", "EncDecAttention.q", "query_proj"),
-    "k": ("k_proj", "key", "k_lin", "SelfAttention.k", "EncDecAttention.k", "key_proj"),
-    "v": ("v_proj", "value", "v_lin", "SelfAttention.v", "EncDecAttention.v", "value_proj"),
-    "o": ("o_proj", "out_proj", "attention.output.dense", "out_lin", "SelfAttention.o", "EncDecAttention.o", "attn.c_proj", "attention.dense"),
-}
-FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")
-PARTS = ("q", "k", "v")
 
 
 def read_dimensions(model: str, targets: Sequence[str]) -> Dimensions:
@@ -92,18 +84,14 @@ def _products(model: Any, config: Any, target: str) -> list[Product]:
     if target not in SEPARATE:
         return [_product(path, layer) for path, layer in chosen_layers(model, (target,)).items()]
     paths = {path: layer for path, layer in model.named_modules() if getattr(layer, "weight", None) is not None and layer.weight.ndim == 2}
-    found = [_product(path, layer) for path, layer in paths.items() if _ends_in(path, SEPARATE[target])]
+    found = [_product(path, layer) for path, layer in paths.items() if ends_in(path, SEPARATE[target])]
     if found:
         return found
     if target in PARTS:
-        found = [_part(path, layer, config, target) for path, layer in paths.items() if _ends_in(path, FUSED)]
+        found = [_part(path, layer, config, target) for path, layer in paths.items() if ends_in(path, FUSED)]
     if not found:
         raise AdapterError(f"target '{target}': {type(model).__name__} has no projection by a name that is known; give the module's own name, as for PEFT")
     return found
-
-
-def _ends_in(path: str, names: Sequence[str]) -> bool:
-    return any(f".{path}".endswith(f".{name}") for name in names)
 
 
 def _product(path: str, layer: Any) -> Product:

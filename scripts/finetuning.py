@@ -22,8 +22,8 @@ from torch import nn
 from lora.bottleneck import Kind, insert, width_for
 from lora.layers import Injection, inject
 
-TRAIN, VALIDATION, TEST = 500, 200, 400
-EPOCHS, BATCH, MAX_TOKENS = 3, 16, 64
+TRAIN, VALIDATION, TEST = 320, 160, 400
+EPOCHS, BATCH, MAX_TOKENS = 6, 16, 32
 TARGETS = ("query", "value")
 
 

@@ -1,0 +1,124 @@
+"""From a base and a file of examples to an adapter's folder, and how it fares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora.bases.checkpoint import fingerprint
+from lora.errors import AdapterError
+from lora.saving import save
+from lora.terminal import Step
+from lora.training.baselines import linear_probe, majority, metric_of
+from lora.training.curve import draw
+from lora.training.examples import Columns, Examples, Kind, held_out, read_examples
+from lora.training.learner import TASK_TYPES, Learner, Size, new_learner
+from lora.training.run import Outcome, Schedule, train
+
+RECORD, CURVE = "training.json", "loss.png"
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is to be learnt: from which examples, judged on which, with which adapter and schedule."""
+
+    base: Path
+    data: Path
+    kind: Kind
+    validation: Path | None = None
+    columns: Columns = field(default_factory=Columns)
+    size: Size = field(default_factory=Size)
+    schedule: Schedule = field(default_factory=Schedule)
+    longest: int = 128
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The adapter's folder and what came out, on validation examples: ``scores`` by majority, probe (or base) and adapter."""
+
+    folder: Path
+    metric: str
+    scores: dict[str, float]
+    labels: tuple[str, ...]
+    examples: dict[str, int]
+    cut: int
+    trainable: int
+    seconds: float
+    outcome: Outcome
+
+
+def finetune(course: Course, out: Path, step: Step) -> Trained:
+    """Train an adapter into ``out``, which must not exist: PEFT's two files, the record of the run, and the curve of its losses.
+
+    Checkpoints lie in a folder beside it, and are gone at the end; who is killed goes on when called again. Raises
+    CheckpointError for a base or a file of examples, AdapterError for settings, a folder or a run that has diverged.
+    """
+    started = time.monotonic()
+    if out.exists():
+        raise AdapterError(f"{out}: exists already; choose another folder, or remove it")
+    step("reading the examples")
+    train_set, validation = _examples(course)
+    learner = new_learner(course.base, course.kind, train_set.labels, course.size, course.longest, course.schedule.seed)
+    cut = learner.cut(train_set) + learner.cut(validation)
+    scores = _baselines(course, learner, train_set, validation, step)
+    work = out.parent / f".{out.name}.training"
+    outcome = train(learner, course.schedule, train_set, validation, work, step)
+    scores["adapter"] = outcome.loss if outcome.metric is None else outcome.metric
+    trained = Trained(
+        out,
+        metric_of(course.kind),
+        scores,
+        train_set.labels,
+        {"training": len(train_set), "validation": len(validation)},
+        cut,
+        sum(parameter.numel() for parameter in learner.model.parameters() if parameter.requires_grad),
+        round(time.monotonic() - started, 1),
+        outcome,
+    )
+    _write(course, learner, trained)
+    shutil.rmtree(work)
+    return trained
+
+
+def _examples(course: Course) -> tuple[Examples, Examples]:
+    """(training, validation)."""
+    examples = read_examples(course.data, course.kind, course.columns)
+    if course.kind == "classification" and len(examples.labels) < 2:
+        raise AdapterError(
+            f"{course.data}: all rows are of the class '{examples.labels[0]}' in column '{course.columns.target}'; give examples of two at least"
+        )
+    if course.validation is None:
+        return held_out(examples, VALIDATION_SHARE, course.data)
+    return examples, read_examples(course.validation, course.kind, course.columns, examples.labels)
+
+
+def _baselines(course: Course, learner: Learner, train_set: Examples, validation: Examples, step: Step) -> dict[str, float]:
+    if course.kind == "causal-lm":
+        step("the base's own loss")
+        return {"base": _base_loss(learner, validation)}
+    step("a linear probe")
+    probe = linear_probe(course.base, learner.tokenizer, course.kind, train_set, validation, learner.longest)
+    return {"majority": majority(train_set, validation), "linear probe": probe} if course.kind == "classification" else {"linear probe": probe}
+
+
+def _base_loss(learner: Learner, validation: Examples) -> float:
+    """The mean loss of a batch, as the Trainer has it: LoRA changes nothing before its first step."""
+    import torch
+
+    collate, features = learner.collator(), learner.features(validation)
+    learner.model.eval()
+    with torch.no_grad():
+        losses = [float(learner.model(**collate([feature])).loss) for feature in features]
+    return sum(losses) / len(losses)
+
+
+def _write(course: Course, learner: Learner, trained: Trained) -> None:
+    save(learner.model, learner.injection, trained.folder, TASK_TYPES[course.kind], fingerprint(course.base))
+    record: dict[str, Any] = {**asdict(trained), "folder": None, "course": asdict(course)}
+    (trained.folder / RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n")
+    draw(trained.outcome.points, trained.folder / CURVE)

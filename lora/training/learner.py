@@ -1,0 +1,128 @@
+"""What is trained: the base with a head for the task, LoRA in its attention, and the texts as the model takes them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import transformers
+from safetensors import SafetensorError
+
+from lora.errors import AdapterError, CheckpointError
+from lora.layers import Injection, inject
+from lora.projections import attention_targets
+from lora.training.examples import Examples, Kind
+
+TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+IGNORED = -100  # the target of a token that is not learnt
+
+
+@dataclass(frozen=True)
+class Size:
+    """LoRA's rank, alpha and dropout; ``targets`` none: queries and values."""
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model to be trained, its tokenizer, and what was put into it."""
+
+    model: Any
+    tokenizer: Any
+    injection: Injection
+    kind: Kind
+    longest: int
+
+    def features(self, examples: Examples) -> list[dict[str, Any]]:
+        """Each example as the model takes it, cut to ``longest`` tokens."""
+        return [self._feature(text, target) for text, target in zip(examples.texts, examples.targets, strict=True)]
+
+    def cut(self, examples: Examples) -> int:
+        """How many of the examples have more tokens than ``longest``."""
+        texts = [text + (target if self.kind == "causal-lm" else "") for text, target in zip(examples.texts, examples.targets, strict=True)]
+        return sum(len(ids) > self.longest for ids in self.tokenizer(texts)["input_ids"])
+
+    def _feature(self, text: str, target: Any) -> dict[str, Any]:
+        if self.kind != "causal-lm":
+            return {**self.tokenizer(text, truncation=True, max_length=self.longest), "labels": target}
+        # A prompt is not learnt, only what follows it; without one to follow, the whole text is.
+        prompt = self.tokenizer(text)["input_ids"]
+        following = self.tokenizer(target, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id] if target else []
+        ids = (prompt + following)[: self.longest]
+        learnt = [IGNORED] * len(prompt) + following if target else prompt
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": learnt[: self.longest]}
+
+    def collator(self) -> Any:
+        """Pads the features of a batch."""
+        if self.kind == "causal-lm":
+            return transformers.DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
+        return transformers.DataCollatorWithPadding(self.tokenizer)
+
+
+def new_learner(base: Path, kind: Kind, labels: Sequence[str], size: Size, longest: int, seed: int) -> Learner:
+    """The learner before its first step; the same seed gives the same.
+
+    Raises CheckpointError when the base can't be loaded for the task, AdapterError when the targets are none of its modules.
+    """
+    _be_quiet()
+    transformers.set_seed(seed)
+    tokenizer = _loaded(base, transformers.AutoTokenizer)
+    if kind == "causal-lm" and tokenizer.eos_token_id is None:
+        raise CheckpointError(f"{base}: its tokenizer has no end of text, which a language model has to learn; add one to tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model, new = _model(base, kind, labels)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    targets, parts = (size.targets, (True,)) if size.targets else attention_targets(model)
+    injection = Injection(targets, size.rank, size.alpha, size.dropout, parts, heads=new)
+    inject(model, injection)
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    return Learner(model, tokenizer, injection, kind, min(longest, positions))
+
+
+def _model(base: Path, kind: Kind, labels: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+    """The model, and the modules that the checkpoint lacks: the head, and whatever leads to it."""
+    if kind == "causal-lm":
+        model, info = _loaded(base, transformers.AutoModelForCausalLM, output_loading_info=True)
+        if info["missing_keys"]:
+            raise CheckpointError(f"{base}: lacks {sorted(info['missing_keys'])[0]}; a language model's base has to be a language model")
+        return model, ()
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}} if labels else {}
+    options = {"num_labels": len(labels) or 1, "ignore_mismatched_sizes": True, **named}
+    model, info = _loaded(base, transformers.AutoModelForSequenceClassification, output_loading_info=True, **options)
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    new = sorted({name.rpartition(".")[0] for name in {*info["missing_keys"], *mismatched}})
+    return model, tuple(new)
+
+
+def _loaded(base: Path, auto: Any, **options: Any) -> Any:
+    if not (base / "config.json").is_file():
+        raise CheckpointError(f"{base}: no config.json; give the folder of a model that transformers saved")
+    try:
+        return auto.from_pretrained(base, **options)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{base}: transformers can't load it for this task ({' '.join(str(error).split())[:160]})") from error
+
+
+def _be_quiet() -> None:
+    """What transformers has to say about new heads is what is wanted here."""
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Raises AdapterError when training has diverged."""
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise AdapterError(f"training diverged at step {step} (the loss is {loss}); choose a lower --rate")

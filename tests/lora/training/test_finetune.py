@@ -1,0 +1,251 @@
+"""Training: it learns, it says what it has over the baselines, it goes on after a kill as if nothing had been, and its adapters are PEFT's."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from demo_tasks import DATA, SUPERSENSE
+
+import lora.training.run
+from exporter.task import Request, export_task
+from lora.errors import AdapterError, CheckpointError, LorafuseError
+from lora.training.examples import Columns, Kind
+from lora.training.finetune import Course, finetune
+from lora.training.learner import Size
+from lora.training.run import Schedule
+
+QUICK = Schedule(epochs=2, batch=4, rate=5e-3, patience=0)
+GLOSSES = [json.loads(line) for line in (DATA / "supersense_held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def quiet(step: str, share: float | None = None, /) -> None:
+    pass
+
+
+def save_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, real_base: Path) -> dict[Kind, Path]:
+    """A tiny encoder and a tiny decoder with MiniLM's real tokenizer."""
+    folder = tmp_path_factory.mktemp("bases")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 30522}
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(**small)).save_pretrained(folder / "encoder")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, eos_token_id=102)).save_pretrained(folder / "decoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real_base)
+    tokenizer.save_pretrained(folder / "encoder")
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(folder / "decoder")
+    return {"classification": folder / "encoder", "regression": folder / "encoder", "causal-lm": folder / "decoder"}
+
+
+@pytest.fixture
+def course(bases: dict[Kind, Path], tmp_path: Path) -> Callable[..., Course]:
+    """A short course on the glosses of two classes, their lengths, or their text."""
+
+    def made(kind: Kind = "classification", count: int = 40, **changes: Any) -> Course:
+        chosen = [row for row in GLOSSES if row["target"] in (1, 9)][:count]
+        targets = {"classification": lambda row: SUPERSENSE.labels[int(row["target"])], "regression": lambda row: len(row["text"]), "causal-lm": lambda row: ""}
+        rows = [{"text": row["text"], "label": targets[kind](row)} for row in chosen]
+        given = Course(bases[kind], save_rows(tmp_path / f"{kind}.jsonl", rows), kind, schedule=QUICK, longest=16)
+        return replace(given, **changes)
+
+    return made
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def killed(course: Course, out: Path, die: Callable[[], Callable[..., None]]) -> None:
+    """Train in a process that dies by SIGKILL on the way."""
+    child = os.fork()
+    if child == 0:
+        try:
+            finetune(course, out, die())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)  # it was to be killed before
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def die_at(step: int) -> Callable[..., None]:
+    def report(said: str, share: float | None = None, /) -> None:
+        if said.startswith(f"step {step} "):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return report
+
+
+def die_in_checkpoint(number: int) -> Callable[..., None]:
+    """Just before a checkpoint is marked as whole."""
+    ended: list[str] = []
+
+    def flush(path: Path) -> None:
+        if path.is_dir():
+            ended.append(path.name)
+        if len(ended) == number:
+            (path / lora.training.run.WHOLE).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    lora.training.run.flush = flush  # of the child only
+    return quiet
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal-lm"])
+def test_a_killed_run_goes_on_to_the_same_weights(course: Callable[..., Course], tmp_path: Path, kind: Kind):
+    """Killed at a random step, and again, and while a checkpoint is written: the bytes are those of an unbroken run."""
+    given = course(kind)
+    unbroken = finetune(given, tmp_path / "unbroken", quiet)
+    chance = random.Random(kind)
+    first = chance.randrange(3, unbroken.outcome.planned // 2)
+    killed(given, tmp_path / "broken", lambda: die_at(first))
+    assert not (tmp_path / "broken").exists()
+    killed(given, tmp_path / "broken", lambda: die_in_checkpoint(2))
+    killed(given, tmp_path / "broken", lambda: die_at(chance.randrange(first + 3, unbroken.outcome.planned)))
+    again = finetune(given, tmp_path / "broken", quiet)
+    assert 0 < again.outcome.resumed < unbroken.outcome.planned
+    assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
+    assert again.scores == unbroken.scores
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "loss.png", "training.json"]
+    assert not (tmp_path / ".broken.training").exists()
+
+
+def test_a_folder_with_another_run_is_left_alone(course: Callable[..., Course], tmp_path: Path):
+    killed(course(), tmp_path / "out", lambda: die_at(4))
+    other = course(schedule=replace(QUICK, rate=1e-4))
+    with pytest.raises(AdapterError, match=r"\.out\.training: holds a run with other data or settings that did not end; repeat those, or remove the folder"):
+        finetune(other, tmp_path / "out", quiet)
+    finetune(course(), tmp_path / "out", quiet)
+    with pytest.raises(AdapterError, match="out: exists already; choose another folder, or remove it"):
+        finetune(course(), tmp_path / "out", quiet)
+
+
+def test_seeds_decide(course: Callable[..., Course], tmp_path: Path):
+    same = [finetune(course(), tmp_path / name, quiet) for name in ("one", "two")]
+    other = finetune(course(schedule=replace(QUICK, seed=1)), tmp_path / "three", quiet)
+    assert weights(same[0].folder) == weights(same[1].folder) != weights(other.folder)
+
+
+def test_a_real_base_learns_classes_better_than_the_commonest(course: Callable[..., Course], real_base: Path, tmp_path: Path):
+    given = course(count=64, base=real_base, schedule=Schedule(epochs=3, batch=8, rate=3e-3, patience=0))
+    trained = finetune(given, tmp_path / "adapter", quiet)
+    assert trained.metric == "accuracy"
+    assert trained.scores["adapter"] > trained.scores["majority"]
+    assert set(trained.scores) == {"majority", "linear probe", "adapter"}
+    assert trained.labels == ("animal", "plant")
+    bundle = export_task(Request(real_base, tmp_path / "adapter", "kinds", trained.labels), tmp_path / "bundle").bundle
+    assert bundle.task("kinds").labels == trained.labels
+    record = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert record["scores"] == trained.scores
+    assert record["course"]["schedule"]["rate"] == 3e-3
+
+
+def test_numbers_are_learnt(course: Callable[..., Course], real_base: Path, tmp_path: Path):
+    """How long a gloss is, from its words; in hundreds of letters, as a loss of squares wants it."""
+    rows = [{"text": row["text"], "letters": len(row["text"]) / 100} for row in GLOSSES[:100]]
+    given = course("regression", base=real_base, data=save_rows(tmp_path / "lengths.jsonl", rows), columns=Columns(target="letters"))
+    trained = finetune(replace(given, schedule=Schedule(epochs=2, batch=8, rate=3e-3, patience=0), longest=32), tmp_path / "adapter", quiet)
+    assert trained.metric == "Pearson r"
+    assert trained.scores["adapter"] > 0.3
+
+
+def test_text_is_learnt(course: Callable[..., Course], tmp_path: Path):
+    trained = finetune(course("causal-lm"), tmp_path / "adapter", quiet)
+    assert trained.metric == "loss"
+    assert trained.scores["adapter"] < trained.scores["base"]
+    first, *_, last = [point.validation for point in trained.outcome.points if point.validation is not None]
+    assert last < first
+
+
+def test_of_a_prompt_only_what_follows_is_learnt(bases: dict[Kind, Path]):
+    from lora.training.examples import Examples
+    from lora.training.learner import new_learner
+
+    learner = new_learner(bases["causal-lm"], "causal-lm", (), Size(), 64, 0)
+    (feature,) = learner.features(Examples(("a small wild cat is",), (" an animal",)))
+    prompt = len(learner.tokenizer("a small wild cat is")["input_ids"])
+    assert feature["labels"][:prompt] == [-100] * prompt
+    assert feature["labels"][prompt:] == feature["input_ids"][prompt:]
+    assert feature["input_ids"][-1] == learner.tokenizer.eos_token_id
+
+
+def test_the_adapter_answers_in_peft_as_it_does_here(course: Callable[..., Course], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kept: list[Any] = []
+    real = lora.training.finetune.new_learner
+    monkeypatch.setattr("lora.training.finetune.new_learner", lambda *given: kept.append(real(*given)) or kept[0])
+    given = course()
+    finetune(given, tmp_path / "adapter", quiet)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(given.base, num_labels=2)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.tensor([[101, 2307, 102]])
+    np.testing.assert_allclose(kept[0].model.eval()(ids).logits.detach(), theirs(ids).logits.detach(), rtol=0, atol=1e-6)
+
+
+def test_training_that_gets_no_better_stops_early_and_keeps_the_best(course: Callable[..., Course], tmp_path: Path):
+    trained = finetune(course(schedule=replace(QUICK, epochs=8, rate=0.3, patience=2)), tmp_path / "adapter", quiet)
+    assert trained.outcome.steps < trained.outcome.planned
+    losses = [point.validation for point in trained.outcome.points if point.validation is not None]
+    assert trained.outcome.loss == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_training_that_diverges_is_an_error_and_leaves_no_adapter(course: Callable[..., Course], tmp_path: Path):
+    with pytest.raises(AdapterError, match=r"training diverged at step \d+ \(the loss is (nan|inf)\); choose a lower --rate"):
+        finetune(course(schedule=replace(QUICK, rate=1e30)), tmp_path / "adapter", quiet)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_texts_that_are_cut_are_counted(course: Callable[..., Course], tmp_path: Path):
+    assert finetune(course(longest=4), tmp_path / "cut", quiet).cut > 0
+    assert finetune(course(longest=500), tmp_path / "whole", quiet).cut == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base": Path("nowhere")}, "nowhere: no config.json; give the folder of a model that transformers saved"),
+        ({"size": Size(targets=("nope",))}, "target 'nope': BertForSequenceClassification has no such module"),
+        ({"size": Size(rank=0)}, "rank 0: expected at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(course: Callable[..., Course], tmp_path: Path, changes: dict[str, Any], said: str):
+    with pytest.raises(LorafuseError, match=said):
+        finetune(course(**changes), tmp_path / "adapter", quiet)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_encoder_is_no_base_of_a_language_model(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+    with pytest.raises(CheckpointError, match="encoder: "):
+        finetune(course("causal-lm", base=bases["classification"]), tmp_path / "adapter", quiet)
+
+
+def test_one_class_is_none(course: Callable[..., Course], tmp_path: Path):
+    rows = [{"text": row["text"], "label": "same"} for row in GLOSSES[:8]]
+    with pytest.raises(AdapterError, match="all rows are of the class 'same' in column 'label'; give examples of two at least"):
+        finetune(course(data=save_rows(tmp_path / "one.jsonl", rows)), tmp_path / "adapter", quiet)
+
+
+def test_a_base_that_is_damaged_is_named(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+    broken = Path(shutil.copytree(bases["classification"], tmp_path / "broken"))
+    os.truncate(broken / "model.safetensors", 1000)
+    with pytest.raises(CheckpointError, match="broken: transformers can't load it for this task"):
+        finetune(course(base=broken), tmp_path / "adapter", quiet)
