@@ -71,6 +71,8 @@ def _print_trained(trained: Trained) -> None:
     print_table(f"{trained.folder}: {trained.metric} on {examples['validation']} examples that were held out", ("", trained.metric), rows)
     early = f", stopped early of {outcome.planned}" if outcome.steps < outcome.planned else ""
     print(f"{trained.trainable:,} parameters trained on {examples['training']} examples in {outcome.steps} steps{early}; {trained.seconds:.0f} s")
+    if trained.labels:
+        print(f"labels, in the order of the outputs: {','.join(trained.labels)}")
     if outcome.resumed:
         print(f"went on from step {outcome.resumed} of a run that had not ended")
     if trained.cut:

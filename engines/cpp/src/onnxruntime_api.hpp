@@ -8,6 +8,8 @@
 
 #include <onnxruntime_c_api.h>
 
+#include <cstdint>
+
 namespace lorafuse {
 constexpr std::uint32_t kApiVersion = 12;  // the first that has all that is called
 }

@@ -1,0 +1,47 @@
+"""``lorafuse train`` as a user calls it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+COMMAND = Path(sys.executable).with_name("lorafuse")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory, real_base: Path) -> list[str | Path]:
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 30522}
+    transformers.BertModel(transformers.BertConfig(**small)).save_pretrained(folder / "base")
+    transformers.AutoTokenizer.from_pretrained(real_base).save_pretrained(folder / "base")
+    with (folder / "reviews.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["review", "stars"], *([f"a {'good' if number % 2 else 'bad'} film, {number}", number % 2] for number in range(30))])
+    return ["train", folder / "base", "--data", folder / "reviews.csv", "--task", "classification", "--text", "review", "--target", "stars", "--epochs", "1"]
+
+
+def lorafuse(*arguments: str | Path, status: int = 0) -> str:
+    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def test_it_prints_what_the_adapter_has_over_the_baselines(arguments: list[str | Path], tmp_path: Path):
+    said = lorafuse(*arguments, "--out", tmp_path / "adapter", "--max-tokens", "4")
+    for words in ("accuracy on 3 examples that were held out", "majority", "linear probe", "labels, in the order of the outputs: 0,1", "30 texts were cut"):
+        assert words in said
+    assert lorafuse(*arguments, "--out", tmp_path / "adapter", status=3).splitlines()[-1].endswith("exists already; choose another folder, or remove it")
+
+
+def test_machines_get_json(arguments: list[str | Path], tmp_path: Path):
+    found = json.loads(lorafuse(*arguments, "--out", tmp_path / "adapter", "--json"))
+    assert set(found["scores"]) == {"majority", "linear probe", "adapter"}
+    assert found["outcome"]["steps"] == found["outcome"]["planned"] == 1
+    assert found["folder"] == str(tmp_path / "adapter")
