@@ -2,15 +2,13 @@
 //
 //     lorafuse-ask BUNDLE --task movies --ids 101,2307,3185,102
 //     lorafuse-ask BUNDLE --task supersense --ids 1,2,3 --tokens 8 --mode resident
-//
-// Prints the outputs' likeliest class, or its value for a regression; of a language model, the tokens that follow.
-// --unadapted asks the base under the task's head; --memory bounds the bytes of weights that tasks hold; --onnxruntime names
-// ONNX Runtime's library; --raw prints every output's bytes in hex.
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <iostream>
 #include <numeric>
 #include <sstream>
+#include <string_view>
 
 #include "lorafuse/runtime.hpp"
 
@@ -23,16 +21,41 @@ using Ids = std::vector<std::int64_t>;
 struct Arguments {
     std::string bundle, task;
     Ids ids;
-    int tokens = 0;
+    std::int64_t tokens = 0;
     bool adapted = true, raw = false;
     lorafuse::Options options;
 };
 
+constexpr const char* kUsage =
+    "usage: lorafuse-ask BUNDLE --task NAME --ids 101,2307,102 [options]\n"
+    "Prints the likeliest class and its logit; of a regression, the value; with --tokens, the tokens that a language model adds.\n"
+    "  --tokens N              generate N tokens\n"
+    "  --mode dedicated|resident\n"
+    "  --memory BYTES          of weights that tasks may hold\n"
+    "  --unadapted             the base under the task's head\n"
+    "  --onnxruntime PATH      ONNX Runtime's library\n"
+    "  --raw                   every output's bytes, in hex\n";
+
+std::int64_t number_of(const std::string& name, const std::string& text) {
+    std::int64_t number = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    if (error != std::errc() || end != text.data() + text.size() || number < 0) {
+        throw lorafuse::Error(name + " '" + text + "': expected a whole number, 0 or more");
+    }
+    return number;
+}
+
 Ids ids_of(const std::string& text) {
     Ids ids;
     std::stringstream parts(text);
-    for (std::string part; std::getline(parts, part, ',');) ids.push_back(std::stoll(part));
+    for (std::string part; std::getline(parts, part, ',');) ids.push_back(number_of("--ids", part));
     return ids;
+}
+
+lorafuse::Mode mode_of(const std::string& name) {
+    if (name == "dedicated") return lorafuse::Mode::dedicated;
+    if (name == "resident") return lorafuse::Mode::resident;
+    throw lorafuse::Error("mode '" + name + "' is not known; expected dedicated or resident");
 }
 
 Arguments arguments_of(int count, char** values) {
@@ -46,22 +69,35 @@ Arguments arguments_of(int count, char** values) {
         };
         if (name == "--task") arguments.task = value();
         else if (name == "--ids") arguments.ids = ids_of(value());
-        else if (name == "--tokens") arguments.tokens = std::stoi(value());
-        else if (name == "--mode")
-            arguments.options.mode = value() == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
-        else if (name == "--memory") arguments.options.memory = std::stoull(value());
+        else if (name == "--tokens") arguments.tokens = number_of(name, value());
+        else if (name == "--mode") arguments.options.mode = mode_of(value());
+        else if (name == "--memory") arguments.options.memory = static_cast<std::uint64_t>(number_of(name, value()));
         else if (name == "--onnxruntime") arguments.options.onnxruntime = value();
         else if (name == "--unadapted") arguments.adapted = false;
         else if (name == "--raw") arguments.raw = true;
-        else arguments.bundle = name;
+        else if (arguments.bundle.empty() && name[0] != '-') arguments.bundle = name;
+        else throw lorafuse::Error("'" + name + "' is not known\n" + kUsage);
+    }
+    if (arguments.bundle.empty() || arguments.task.empty() || arguments.ids.empty()) {
+        throw lorafuse::Error(std::string("give a bundle, a task and ids\n") + kUsage);
     }
     return arguments;
+}
+
+constexpr std::string_view kPast = "past_key_values.";
+
+bool is_cache(const lorafuse::Port& port) { return port.name.compare(0, kPast.size(), kPast) == 0; }
+
+const lorafuse::Tensor& logits_of(const Outputs& outputs) {
+    const auto found = outputs.find("logits");
+    if (found == outputs.end()) throw lorafuse::Error("the task's outputs are no logits; see them with --raw");
+    return found->second;
 }
 
 // What one step of a graph is given: the ids of one row, and what it knows of the steps before.
 class Row {
 public:
-    explicit Row(const std::vector<lorafuse::Port>& ports) : ports_(ports) {}
+    explicit Row(std::vector<lorafuse::Port> ports) : ports_(std::move(ports)) {}
 
     // The inputs for `ids` behind what came before, whose cache is `past`.
     Inputs inputs(const Ids& ids, const Outputs& past) {
@@ -86,11 +122,9 @@ public:
 private:
     // The cache that the step before left; before the first, one of no length.
     static lorafuse::TensorView cached(const lorafuse::Port& port, const Outputs& past) {
-        const std::string kPast = "past_key_values.";
-        if (const auto found = past.find("present." + port.name.substr(std::min(kPast.size(), port.name.size())));
-            found != past.end()) {
-            return found->second.view();
-        }
+        if (!is_cache(port)) throw lorafuse::Error("the task takes '" + port.name + "', which token ids don't tell");
+        const auto found = past.find("present." + port.name.substr(kPast.size()));
+        if (found != past.end()) return found->second.view();
         std::vector<std::int64_t> shape;
         for (const auto& size : port.shape) {
             const auto* axis = std::get_if<std::string>(&size);
@@ -99,17 +133,17 @@ private:
         return {port.dtype, shape, "", 0};
     }
 
-    const std::vector<lorafuse::Port>& ports_;
+    std::vector<lorafuse::Port> ports_;
     Ids ids_, mask_, types_, positions_;
 };
 
 // The likeliest tokens, one after the other.
-Ids generate(const lorafuse::Task& task, Row row, Ids ids, int count) {
+Ids generate(const lorafuse::Task& task, Row row, Ids ids, std::int64_t count) {
     Ids tokens;
     Outputs outputs;
-    while (static_cast<int>(tokens.size()) < count) {
+    while (static_cast<std::int64_t>(tokens.size()) < count) {
         outputs = task.run(row.inputs(ids, outputs));
-        const lorafuse::Tensor& logits = outputs.at("logits");
+        const lorafuse::Tensor& logits = logits_of(outputs);
         const float* end = logits.data<float>() + logits.count();
         const float* last = end - logits.shape().back();
         tokens.push_back(std::max_element(last, end) - last);
@@ -131,8 +165,11 @@ void print_raw(const Outputs& outputs) {
 void answer(const Arguments& arguments) {
     lorafuse::Runtime runtime(arguments.bundle, arguments.options);
     const lorafuse::Task task = runtime.use(arguments.task, arguments.adapted);
-    Row row(runtime.inputs(arguments.task));
+    const std::vector<lorafuse::Port> ports = runtime.inputs(arguments.task);
+    Row row(ports);
     if (arguments.tokens > 0) {
+        if (std::none_of(ports.begin(), ports.end(), is_cache))
+            throw lorafuse::Error("task '" + arguments.task + "' generates no tokens");
         std::string text;
         for (const std::int64_t token : generate(task, row, arguments.ids, arguments.tokens))
             text += (text.empty() ? "" : ",") + std::to_string(token);
@@ -141,7 +178,7 @@ void answer(const Arguments& arguments) {
     }
     const Outputs outputs = task.run(row.inputs(arguments.ids, {}));
     if (arguments.raw) return print_raw(outputs);
-    const lorafuse::Tensor& logits = outputs.at("logits");
+    const lorafuse::Tensor& logits = logits_of(outputs);
     const float* first = logits.data<float>();
     const float* likeliest = std::max_element(first, first + logits.shape().back());
     const std::vector<std::string>& labels = runtime.labels(arguments.task);

@@ -6,6 +6,8 @@
 #include <cerrno>
 #include <system_error>
 
+#include "dtype.hpp"
+#include "printable.hpp"
 #include "sha256.hpp"
 
 namespace lorafuse {
@@ -43,6 +45,19 @@ const TaskRecord& Bundle::task(const std::string& name) const {
     return found->second;
 }
 
+std::vector<Port> Bundle::inputs(const TaskRecord& task) const {
+    std::vector<Port> ports;
+    for (const PortRecord& port : graph(task).inputs) {
+        const std::optional<DType> dtype = dtype_named(port.dtype);
+        if (!dtype) {
+            throw Error(path_.string() + ": task '" + task.name + "' takes " + in_quotes(port.dtype) + " as " +
+                        in_quotes(port.name) + ", a dtype that there is not; export the task again");
+        }
+        ports.push_back({port.name, *dtype, port.shape});
+    }
+    return ports;
+}
+
 std::string Bundle::model(const TaskRecord& task) const {
     const MappedFile file(checked(task.model));
     return {reinterpret_cast<const char*>(file.data()), file.size()};
@@ -63,7 +78,7 @@ std::set<std::string> Bundle::own_names(const TaskRecord& task) const {
 }
 
 fs::path Bundle::present(const File& file) const {
-    fs::path path = path_ / file.path;
+    fs::path path = tidy(path_ / file.path);
     const struct stat found = stat_of(path);
     if (!S_ISREG(found.st_mode)) refuse(path, "missing from the bundle");
     if (found.st_size != file.size) {

@@ -24,7 +24,7 @@ struct Weights {
 
 class Bundle {
 public:
-    explicit Bundle(const std::filesystem::path& path) : path_(path), manifest_(read_manifest(path)) {}
+    explicit Bundle(const std::filesystem::path& path) : path_(tidy(path)), manifest_(read_manifest(path_)) {}
 
     const std::filesystem::path& path() const { return path_; }
     const Manifest& manifest() const { return manifest_; }
@@ -32,6 +32,9 @@ public:
     // Throws Error listing the tasks there are, or naming a task that is stored as factors.
     const TaskRecord& task(const std::string& name) const;
     const Graph& graph(const TaskRecord& task) const { return manifest_.graphs.at(task.graph); }
+
+    // What the task's graph takes. Throws Error where that is of a dtype that engines don't have.
+    std::vector<Port> inputs(const TaskRecord& task) const;
 
     // The task's ONNX graph, and the parameters that are the base's and the task's own, after the files' hashes were compared.
     std::string model(const TaskRecord& task) const;

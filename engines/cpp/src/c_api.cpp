@@ -1,11 +1,14 @@
 #include <new>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "lorafuse.h"
 #include "lorafuse/runtime.hpp"
 
 struct lorafuse_runtime {
     lorafuse::Runtime runtime;
+    std::vector<std::string> tasks;
 };
 
 struct lorafuse_outputs {
@@ -32,9 +35,10 @@ int guarded(Call call) noexcept {
     }
 }
 
-const char* given(const char* text, const char* what) {
-    if (text == nullptr) throw lorafuse::Error(std::string(what) + " is NULL; give a text");
-    return text;
+template <typename T>
+T* given(T* pointer, const char* what) {
+    if (pointer == nullptr) throw lorafuse::Error(std::string(what) + " is NULL");
+    return pointer;
 }
 
 lorafuse::Options options_of(const lorafuse_options* options) {
@@ -49,12 +53,25 @@ lorafuse::Options options_of(const lorafuse_options* options) {
 
 lorafuse::Inputs inputs_of(const lorafuse_tensor* tensors, size_t count) {
     lorafuse::Inputs inputs;
+    if (count > 0) given(tensors, "the list of inputs");
     for (size_t i = 0; i < count; ++i) {
         const lorafuse_tensor& tensor = tensors[i];
-        inputs[given(tensor.name, "an input's name")] = {
-            static_cast<lorafuse::DType>(tensor.dtype), {tensor.shape, tensor.shape + tensor.rank}, tensor.data, tensor.bytes};
+        const char* name = given(tensor.name, "an input's name");
+        if (tensor.rank > 0) given(tensor.shape, "an input's shape");
+        const auto dtype = static_cast<lorafuse::DType>(tensor.dtype);
+        if (!inputs
+                 .emplace(name, lorafuse::TensorView{dtype, {tensor.shape, tensor.shape + tensor.rank}, tensor.data, tensor.bytes})
+                 .second) {
+            throw lorafuse::Error(std::string("input '") + name + "' is given twice");
+        }
     }
     return inputs;
+}
+
+lorafuse_runtime* opened(const char* bundle, const lorafuse_options* options) {
+    lorafuse::Runtime runtime(given(bundle, "the bundle"), options_of(options));
+    std::vector<std::string> tasks = runtime.tasks();
+    return new lorafuse_runtime{std::move(runtime), std::move(tasks)};
 }
 
 }  // namespace
@@ -62,22 +79,41 @@ lorafuse::Inputs inputs_of(const lorafuse_tensor* tensors, size_t count) {
 const char* lorafuse_error(void) { return last_error.c_str(); }
 
 int lorafuse_open(const char* bundle, const lorafuse_options* options, lorafuse_runtime** runtime) {
-    return guarded([&] { *runtime = new lorafuse_runtime{lorafuse::Runtime(given(bundle, "the bundle"), options_of(options))}; });
+    return guarded([&] {
+        given(runtime, "where the runtime goes");
+        *runtime = opened(bundle, options);
+    });
 }
 
 void lorafuse_close(lorafuse_runtime* runtime) { delete runtime; }
 
+const char* lorafuse_task(const lorafuse_runtime* runtime, size_t index) {
+    return runtime != nullptr && index < runtime->tasks.size() ? runtime->tasks[index].c_str() : nullptr;
+}
+
+const char* lorafuse_label(const lorafuse_runtime* runtime, const char* task, size_t index) {
+    const char* label = nullptr;
+    guarded([&] {
+        const std::vector<std::string>& labels = given(runtime, "the runtime")->runtime.labels(given(task, "the task"));
+        if (index < labels.size()) label = labels[index].c_str();
+    });
+    return label;
+}
+
 int lorafuse_run(lorafuse_runtime* runtime, const char* task, int adapted, const lorafuse_tensor* inputs, size_t count,
                  lorafuse_outputs** outputs) {
     return guarded([&] {
-        lorafuse::Outputs found = runtime->runtime.run(given(task, "the task"), inputs_of(inputs, count), adapted != 0);
+        given(outputs, "where the outputs go");
+        lorafuse::Runtime& opened = given(runtime, "the runtime")->runtime;
+        lorafuse::Outputs found = opened.run(given(task, "the task"), inputs_of(inputs, count), adapted != 0);
         *outputs = new lorafuse_outputs{{found.begin(), found.end()}};
     });
 }
 
-size_t lorafuse_count(const lorafuse_outputs* outputs) { return outputs->tensors.size(); }
+size_t lorafuse_count(const lorafuse_outputs* outputs) { return outputs == nullptr ? 0 : outputs->tensors.size(); }
 
 lorafuse_tensor lorafuse_output(const lorafuse_outputs* outputs, size_t index) {
+    if (index >= lorafuse_count(outputs)) return {nullptr, LORAFUSE_FLOAT32, nullptr, 0, nullptr, 0};
     const auto& [name, tensor] = outputs->tensors[index];
     const lorafuse::TensorView& view = tensor.view();
     return {name.c_str(), static_cast<lorafuse_dtype>(view.dtype), view.shape.data(), view.shape.size(), view.data, view.bytes};

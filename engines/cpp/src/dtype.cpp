@@ -6,7 +6,7 @@
 namespace lorafuse {
 namespace {
 
-constexpr std::array<DTypeNames, 10> kDTypes = {{{DType::float32, "float32", 4, "F32", 1},
+constexpr std::array<DTypeNames, 13> kDTypes = {{{DType::float32, "float32", 4, "F32", 1},
                                                  {DType::float16, "float16", 2, "F16", 10},
                                                  {DType::bfloat16, "bfloat16", 2, "BF16", 16},
                                                  {DType::float64, "float64", 8, "F64", 11},
@@ -15,7 +15,10 @@ constexpr std::array<DTypeNames, 10> kDTypes = {{{DType::float32, "float32", 4, 
                                                  {DType::int16, "int16", 2, "I16", 5},
                                                  {DType::int8, "int8", 1, "I8", 3},
                                                  {DType::uint8, "uint8", 1, "U8", 2},
-                                                 {DType::boolean, "bool", 1, "BOOL", 9}}};
+                                                 {DType::boolean, "bool", 1, "BOOL", 9},
+                                                 {DType::uint16, "uint16", 2, "U16", 4},
+                                                 {DType::uint32, "uint32", 4, "U32", 12},
+                                                 {DType::uint64, "uint64", 8, "U64", 13}}};
 
 template <typename Matches>
 std::optional<DType> found(Matches matches) {
@@ -45,6 +48,14 @@ std::optional<DType> dtype_in_safetensors(std::string_view code) {
 
 std::optional<DType> dtype_of_element(int element) {
     return found([&](const DTypeNames& known) { return known.element == element; });
+}
+
+std::optional<std::uint64_t> bytes_of(const std::vector<std::int64_t>& shape, DType dtype) {
+    std::uint64_t bytes = size_of(dtype);
+    for (const std::int64_t size : shape) {
+        if (size < 0 || __builtin_mul_overflow(bytes, static_cast<std::uint64_t>(size), &bytes)) return std::nullopt;
+    }
+    return bytes;
 }
 
 }  // namespace lorafuse

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "lorafuse/runtime.hpp"
 
@@ -21,5 +23,8 @@ const DTypeNames& names_of(DType dtype);
 std::optional<DType> dtype_named(std::string_view name);
 std::optional<DType> dtype_in_safetensors(std::string_view code);
 std::optional<DType> dtype_of_element(int element);
+
+// The bytes that a shape takes, or nothing where they can't be counted.
+std::optional<std::uint64_t> bytes_of(const std::vector<std::int64_t>& shape, DType dtype);
 
 }  // namespace lorafuse

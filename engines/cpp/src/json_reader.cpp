@@ -1,7 +1,10 @@
 #include "json_reader.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <nlohmann/json.hpp>
+
+#include "printable.hpp"
 
 namespace lorafuse {
 namespace {
@@ -21,11 +24,15 @@ const char* type_of(const Json& value) {
     }
 }
 
+[[noreturn]] void malformed(std::size_t byte) { throw JsonError("JSON is malformed (byte " + std::to_string(byte) + ")"); }
+
 }  // namespace
 
 void JsonReader::refuse(const std::string& what) const { throw JsonError(place_ == "$" ? what : what + " - at `" + place_ + "`"); }
 
-void JsonReader::expected(const std::string& type) const { refuse("Expected `" + type + "`, got `" + type_of(value_) + "`"); }
+void JsonReader::expected(const std::string& type) const {
+    refuse("Expected `" + type + (nullable_ ? " | null" : "") + "`, got `" + type_of(value_) + "`");
+}
 
 void JsonReader::check_fields(std::initializer_list<const char*> required, std::initializer_list<const char*> optional) const {
     if (!value_.is_object()) expected("object");
@@ -50,6 +57,12 @@ JsonReader JsonReader::at(const char* field) const { return {value_.at(field), p
 
 bool JsonReader::is_null() const { return value_.is_null(); }
 
+JsonReader JsonReader::or_null() const {
+    JsonReader reader = *this;
+    reader.nullable_ = true;
+    return reader;
+}
+
 bool JsonReader::is_text() const { return value_.is_string(); }
 
 std::string JsonReader::text() const {
@@ -59,7 +72,14 @@ std::string JsonReader::text() const {
 
 std::int64_t JsonReader::number() const {
     if (!value_.is_number_integer()) expected("int");
+    constexpr std::int64_t kLargest = std::numeric_limits<std::int64_t>::max();
+    if (value_.is_number_unsigned() && value_.get<std::uint64_t>() > static_cast<std::uint64_t>(kLargest)) return kLargest;
     return value_.get<std::int64_t>();
+}
+
+std::int64_t JsonReader::number_or_text() const {
+    if (!value_.is_number_integer()) expected("int | str");
+    return number();
 }
 
 bool JsonReader::boolean() const {
@@ -69,7 +89,7 @@ bool JsonReader::boolean() const {
 
 std::string JsonReader::one_of(std::initializer_list<const char*> values) const {
     const std::string found = text();
-    if (std::find(values.begin(), values.end(), found) == values.end()) refuse("Invalid enum value '" + found + "'");
+    if (std::find(values.begin(), values.end(), found) == values.end()) refuse("Invalid enum value " + in_quotes(found));
     return found;
 }
 
@@ -84,8 +104,10 @@ void JsonReader::each(const std::function<void(const std::string&, const JsonRea
 }
 
 JsonDocument::JsonDocument(std::string_view text) try : json_(std::make_unique<const Json>(Json::parse(text))) {
+    // To the parser a zero byte is the end of the text, whatever stands behind it.
+    if (const std::size_t zero = text.find('\0'); zero != std::string_view::npos) malformed(zero);
 } catch (const Json::parse_error& error) {
-    throw JsonError("JSON is malformed (byte " + std::to_string(error.byte) + ")");
+    malformed(error.byte);
 }
 
 JsonDocument::~JsonDocument() = default;

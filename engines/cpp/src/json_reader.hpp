@@ -30,10 +30,12 @@ public:
     bool has(const char* field) const;
     JsonReader at(const char* field) const;
     bool is_null() const;
+    JsonReader or_null() const;  // the same value, where null would have done too: refusals say so
     bool is_text() const;
 
     std::string text() const;
-    std::int64_t number() const;
+    std::int64_t number() const;          // the largest there is, where it is larger
+    std::int64_t number_or_text() const;  // a number; what is none is said to be neither
     bool boolean() const;
     std::string one_of(std::initializer_list<const char*> values) const;
     void each(const std::function<void(const JsonReader&)>& visit) const;                      // of an array
@@ -46,6 +48,7 @@ private:
     [[noreturn]] void expected(const std::string& type) const;
     const nlohmann::ordered_json& value_;
     std::string place_;
+    bool nullable_ = false;
 };
 
 class JsonDocument {

@@ -1,12 +1,12 @@
 #include "manifest.hpp"
 
 #include <algorithm>
-#include <fstream>
 #include <iterator>
 #include <set>
+#include <system_error>
 
-#include "dtype.hpp"
 #include "json_reader.hpp"
+#include "mapped_file.hpp"
 #include "printable.hpp"
 
 namespace lorafuse {
@@ -38,24 +38,18 @@ std::vector<std::string> texts_of(const JsonReader& json) {
     return texts;
 }
 
-Port port_of(const JsonReader& json) {
+PortRecord port_of(const JsonReader& json) {
     json.check_fields({"name", "dtype", "shape"});
-    Port port{json.at("name").text(), DType::float32, {}};
-    const std::optional<DType> dtype = dtype_named(json.at("dtype").text());
-    if (!dtype) throw JsonError("Unknown dtype '" + json.at("dtype").text() + "' of `" + port.name + "`");
-    port.dtype = *dtype;
+    PortRecord port{json.at("name").text(), json.at("dtype").text(), {}};
     json.at("shape").each([&](const JsonReader& size) {
-        if (size.is_text()) {
-            port.shape.emplace_back(size.text());
-        } else {
-            port.shape.emplace_back(size.number());
-        }
+        if (size.is_text()) port.shape.emplace_back(size.text());
+        else port.shape.emplace_back(size.number_or_text());
     });
     return port;
 }
 
-std::vector<Port> ports_of(const JsonReader& json) {
-    std::vector<Port> ports;
+std::vector<PortRecord> ports_of(const JsonReader& json) {
+    std::vector<PortRecord> ports;
     json.each([&](const JsonReader& port) { ports.push_back(port_of(port)); });
     return ports;
 }
@@ -64,14 +58,14 @@ std::vector<Port> ports_of(const JsonReader& json) {
 std::string key_of(const std::string& name, const JsonReader& order) {
     if (order.is_null()) return name;
     std::string axes;
-    order.each([&](const JsonReader& axis) { axes += (axes.empty() ? "" : ",") + std::to_string(axis.number()); });
+    order.or_null().each([&](const JsonReader& axis) { axes += (axes.empty() ? "" : ",") + std::to_string(axis.number()); });
     return name + "@" + axes;
 }
 
 void check_engine(const JsonReader& json, Files& files) {
     json.check_fields({"backend", "version", "target", "model_sha256", "weights_sha256"}, {"file", "mode", "refittable", "proven"});
     for (const char* field : {"backend", "version", "target", "model_sha256", "weights_sha256"}) json.at(field).text();
-    if (json.has("file") && !json.at("file").is_null()) file_of(json.at("file"), files);
+    if (json.has("file") && !json.at("file").is_null()) file_of(json.at("file").or_null(), files);
     if (json.has("mode")) json.at("mode").one_of({"rebuild", "refit", "stripped"});
     if (json.has("refittable")) texts_of(json.at("refittable"));
     if (json.has("proven")) json.at("proven").each([](const std::string&, const JsonReader& hash) { hash.text(); });
@@ -88,16 +82,17 @@ Graph graph_of(const JsonReader& json, Files& files) {
     head.check_fields({"task_type", "outputs"}, {"tied"});
     head.at("task_type").text(), head.at("outputs").number();
     if (head.has("tied")) head.at("tied").boolean();
-    Graph graph{ports_of(json.at("inputs")), ports_of(json.at("outputs")), {}};
+    ports_of(json.at("outputs"));
+    Graph graph{ports_of(json.at("inputs")), {}};
     json.at("weights").each([&](const std::string& name, const JsonReader& order) { graph.weights[name] = key_of(name, order); });
     check_engines(json, files);
     return graph;
 }
 
-TaskRecord task_of(const JsonReader& json, Files& files) {
+TaskRecord task_of(const std::string& name, const JsonReader& json, Files& files) {
     json.check_fields({"graph", "model", "weights", "store", "adapter", "adapter_sha256", "labels"}, {"engines"});
-    TaskRecord task{json.at("graph").text(), file_of(json.at("model"), files), std::nullopt, false, {}};
-    if (!json.at("weights").is_null()) task.weights = file_of(json.at("weights"), files);
+    TaskRecord task{name, json.at("graph").text(), file_of(json.at("model"), files), std::nullopt, false, {}};
+    if (!json.at("weights").is_null()) task.weights = file_of(json.at("weights").or_null(), files);
     const bool stored_as_factors = json.at("store").one_of({"dense", "factors"}) == "factors";
     task.factors = stored_as_factors && !files_of(json.at("adapter"), files).empty();
     if (!stored_as_factors) files_of(json.at("adapter"), files);
@@ -120,7 +115,8 @@ Manifest manifest_of(const JsonReader& json, Files& files) {
     Manifest manifest{base_of(json.at("base"), files), {}, {}};
     json.at("graphs").each(
         [&](const std::string& name, const JsonReader& graph) { manifest.graphs[name] = graph_of(graph, files); });
-    json.at("tasks").each([&](const std::string& name, const JsonReader& task) { manifest.tasks[name] = task_of(task, files); });
+    json.at("tasks").each(
+        [&](const std::string& name, const JsonReader& task) { manifest.tasks[name] = task_of(name, task, files); });
     json.at("versions").each([](const std::string&, const JsonReader& version) { version.text(); });
     if (json.has("timing_caches")) {
         json.at("timing_caches").each([&](const std::string&, const JsonReader& cache) { file_of(cache, files); });
@@ -143,7 +139,7 @@ void check_tasks(const fs::path& path, const Manifest& manifest) {
                         "manifest");
         }
         if (manifest.graphs.count(task.graph) == 0) {
-            throw Error(path.string() + ": task '" + name + "' names the graph " + in_quotes(task.graph.substr(0, 12)) +
+            throw Error(path.string() + ": task '" + name + "' names the graph " + in_quotes(beginning(task.graph, 12)) +
                         "…, which the manifest lacks; export the task again");
         }
     }
@@ -160,30 +156,42 @@ std::vector<std::string> parts_of(const std::string& path) {
     return parts;
 }
 
+// As Python says it of a file that the system refuses.
+[[noreturn]] void refuse(const std::error_code& error, const fs::path& path) {
+    throw JsonError("[Errno " + std::to_string(error.value()) + "] " + error.message() + ": " + in_quotes(path.string()));
+}
+
+bool is_link(const fs::path& path) {
+    std::error_code error;
+    const fs::file_status found = fs::symlink_status(path, error);
+    if (found.type() == fs::file_type::none) refuse(error, path);
+    return fs::is_symlink(found);
+}
+
 // A folder that is a link would lead the reading of files out of the bundle.
 void check_paths(const fs::path& bundle, const Files& files) {
     std::set<fs::path> folders(std::begin(kFolders), std::end(kFolders));
     for (const File& file : files) {
         const std::vector<std::string> parts = parts_of(file.path);
         if (parts.empty() || parts == std::vector<std::string>{kManifest}) {
-            throw Error((bundle / kManifest).string() + ": file path " + in_quotes(file.path) +
+            throw Error(tidy(bundle / kManifest).string() + ": file path " + in_quotes(file.path) +
                         " leaves the bundle, is its manifest or can't be printed; refusing to follow it");
         }
         fs::path folder;
         for (std::size_t i = 0; i + 1 < parts.size(); ++i) folders.insert(folder /= parts[i]);
     }
     for (const fs::path& folder : folders) {
-        if (fs::is_symlink(fs::symlink_status(bundle / folder))) {
-            throw Error((bundle / folder).string() + ": a link, which may lead out of the bundle; refusing to follow it");
+        if (const fs::path path = tidy(bundle / folder); is_link(path)) {
+            throw Error(path.string() + ": a link, which may lead out of the bundle; refusing to follow it");
         }
     }
 }
 
-std::string content_of(const fs::path& path) {
-    std::ifstream stream(path, std::ios::binary);
-    std::string content(std::istreambuf_iterator<char>(stream), {});
-    if (!stream) throw JsonError("can't be read");
-    return content;
+std::string content_of(const fs::path& path) try {
+    const MappedFile file(path);
+    return {reinterpret_cast<const char*>(file.data()), file.size()};
+} catch (const std::system_error& error) {
+    refuse(error.code(), path);
 }
 
 void check_schema(const fs::path& path, const JsonReader& json) {
@@ -197,9 +205,18 @@ void check_schema(const fs::path& path, const JsonReader& json) {
 
 }  // namespace
 
+fs::path tidy(const fs::path& path) {
+    fs::path parts;
+    for (const fs::path& part : path) {
+        if (!part.empty() && part != ".") parts /= part;
+    }
+    return parts.empty() ? "." : parts;
+}
+
 Manifest read_manifest(const fs::path& bundle) {
-    const fs::path path = bundle / kManifest;
-    if (!fs::is_regular_file(path)) {
+    const fs::path path = tidy(bundle / kManifest);
+    std::error_code unread;
+    if (!fs::is_regular_file(path, unread)) {
         throw Error(bundle.string() + ": not a bundle (no " + kManifest + "); create one with 'lorafuse export'");
     }
     try {

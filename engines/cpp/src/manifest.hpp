@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "lorafuse/runtime.hpp"
@@ -21,12 +22,19 @@ struct File {
     std::string sha256;
 };
 
+// An input of a graph, whose dtype need not be one that engines take.
+struct PortRecord {
+    std::string name, dtype;
+    std::vector<std::variant<std::int64_t, std::string>> shape;
+};
+
 struct Graph {
-    std::vector<Port> inputs, outputs;
+    std::vector<PortRecord> inputs;
     std::map<std::string, std::string> weights;  // each parameter's name, and its key in a weights file
 };
 
 struct TaskRecord {
+    std::string name;
     std::string graph;
     File model;
     std::optional<File> weights;
@@ -39,6 +47,9 @@ struct Manifest {
     std::map<std::string, Graph> graphs;
     std::map<std::string, TaskRecord> tasks;
 };
+
+// The path as Python shows it: without needless dots and slashes.
+std::filesystem::path tidy(const std::filesystem::path& path);
 
 // The manifest of the bundle in `bundle`. Throws Error when it is none, is damaged, is of another schema or leads out of the
 // bundle.

@@ -29,6 +29,15 @@ std::string listed(const Names& names) {
     return "[" + text + "]";
 }
 
+// ONNX Runtime reads what the shape says, and does not mind more: an input that was built wrong would be cut.
+void check_size(const std::string& name, const TensorView& tensor) {
+    const std::optional<std::uint64_t> bytes = bytes_of(tensor.shape, tensor.dtype);
+    if (bytes && *bytes != tensor.bytes) {
+        throw Error("input '" + name + "' has " + std::to_string(tensor.bytes) + " bytes; its shape takes " +
+                    std::to_string(*bytes));
+    }
+}
+
 }  // namespace
 
 Environment::Environment(const std::string& library) {
@@ -80,39 +89,49 @@ Bound::Bound(const Environment& environment, const Tensors& tensors) {
 
 Session::Session(std::shared_ptr<const Environment> environment, const Model& model, int threads)
     : environment_(std::move(environment)) {
-    const OrtApi& api = environment_->api();
-    const auto check = [&](OrtStatus* status) { environment_->check(status); };
     try {
-        OrtSessionOptions* made = nullptr;
-        check(api.CreateSessionOptions(&made));
-        const auto options = owned(made, api.ReleaseSessionOptions);
-        check(api.SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_FATAL));
-        check(api.AddSessionConfigEntry(made, kDataFolder, model.folder.c_str()));
-        if (threads > 0) {
-            check(api.SetIntraOpNumThreads(made, threads));
-            check(api.AddSessionConfigEntry(made, kSpinning, "0"));
-        }
-        for (const auto& [name, tensor] : model.shared) {
-            initializers_.push_back(environment_->value_of(tensor));
-            check(api.AddInitializer(made, name.c_str(), initializers_.back().get()));
-        }
-        std::vector<const char*> names;
-        std::vector<const OrtValue*> values;
-        for (const auto& [name, tensor] : model.replaced) {
-            initializers_.push_back(environment_->value_of(tensor));
-            names.push_back(name.c_str());
-            values.push_back(initializers_.back().get());
-        }
-        if (!names.empty()) check(api.AddExternalInitializers(made, names.data(), values.data(), names.size()));
-        OrtSession* session = nullptr;
-        check(api.CreateSessionFromArrayWithPrepackedWeightsContainer(environment_->env(), model.graph.data(), model.graph.size(),
-                                                                      made, environment_->prepacked(), &session));
-        session_ = owned(session, api.ReleaseSession);
-        read_ports();
+        open(model, threads, model.shared);
+        return;
+    } catch (const Error&) {
+        initializers_.clear();
+    }
+    try {  // some kernels prepack weights in a form that can't be shared, and refuse: then the session has its own
+        open(model, threads, {});
     } catch (const Error& error) {
         throw Error(model.folder.string() + ": ONNX Runtime " + environment_->version() + " can't load the model (" + error.what() +
                     ")");
     }
+}
+
+void Session::open(const Model& model, int threads, const Tensors& shared) {
+    const OrtApi& api = environment_->api();
+    const auto check = [&](OrtStatus* status) { environment_->check(status); };
+    OrtSessionOptions* options = nullptr;
+    check(api.CreateSessionOptions(&options));
+    const auto released = owned(options, api.ReleaseSessionOptions);
+    check(api.SetSessionLogSeverityLevel(options, ORT_LOGGING_LEVEL_FATAL));
+    check(api.AddSessionConfigEntry(options, kDataFolder, model.folder.c_str()));
+    if (threads > 0) {
+        check(api.SetIntraOpNumThreads(options, threads));
+        check(api.AddSessionConfigEntry(options, kSpinning, "0"));
+    }
+    for (const auto& [name, tensor] : shared) {
+        initializers_.push_back(environment_->value_of(tensor));
+        check(api.AddInitializer(options, name.c_str(), initializers_.back().get()));
+    }
+    std::vector<const char*> names;
+    std::vector<const OrtValue*> values;
+    for (const auto& [name, tensor] : model.replaced) {
+        initializers_.push_back(environment_->value_of(tensor));
+        names.push_back(name.c_str());
+        values.push_back(initializers_.back().get());
+    }
+    if (!names.empty()) check(api.AddExternalInitializers(options, names.data(), values.data(), names.size()));
+    OrtSession* session = nullptr;
+    check(api.CreateSessionFromArrayWithPrepackedWeightsContainer(environment_->env(), model.graph.data(), model.graph.size(),
+                                                                  options, environment_->prepacked(), &session));
+    session_ = owned(session, api.ReleaseSession);
+    read_ports();
 }
 
 void Session::read_ports() {
@@ -157,6 +176,7 @@ TensorView Session::described_by(const OrtTensorTypeAndShapeInfo* info) const {
 }
 
 Outputs Session::run(const Inputs& inputs, const Bound& bound) const {
+    for (const auto& [name, tensor] : inputs) check_size(name, tensor);
     std::vector<const char*> names;
     std::vector<const OrtValue*> values;
     std::vector<Handle<OrtValue>> given;

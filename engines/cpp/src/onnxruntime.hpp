@@ -82,6 +82,7 @@ private:
         std::size_t rank;
     };
 
+    void open(const Model& model, int threads, const Tensors& shared);
     void read_ports();
     Takes taken_at(std::size_t index) const;
     TensorView described_by(const OrtTensorTypeAndShapeInfo* info) const;  // dtype and shape

@@ -12,22 +12,17 @@ struct Range {
     std::uint32_t first, last;
 };
 
-// Of Unicode's categories Cc, Cf, Co, Cs, Zl, Zp and Zs (but for the space), the ranges that matter in a terminal.
-constexpr std::array<Range, 10> kHidden = {{{0, 0x1f},
-                                            {0x7f, 0xa0},
-                                            {0xad, 0xad},
-                                            {0x2000, 0x200f},
-                                            {0x2028, 0x202f},
-                                            {0x205f, 0x206f},
-                                            {0x3000, 0x3000},
-                                            {0xd800, 0xf8ff},
-                                            {0xfff0, 0xfffb},
-                                            {0xe0000, 0x10ffff}}};
+// Unicode's categories Cc, Cf, Co, Cs, Zl, Zp and Zs (but for the space); characters not assigned yet between two of them count.
+constexpr std::array<Range, 25> kHidden = {
+    {{0, 0x1f},          {0x7f, 0xa0},       {0xad, 0xad},       {0x600, 0x605},     {0x61c, 0x61c},
+     {0x6dd, 0x6dd},     {0x70f, 0x70f},     {0x890, 0x891},     {0x8e2, 0x8e2},     {0x1680, 0x1680},
+     {0x180e, 0x180e},   {0x2000, 0x200f},   {0x2028, 0x202f},   {0x205f, 0x206f},   {0x3000, 0x3000},
+     {0xd800, 0xf8ff},   {0xfeff, 0xfeff},   {0xfff9, 0xfffb},   {0x110bd, 0x110bd}, {0x110cd, 0x110cd},
+     {0x13430, 0x1343f}, {0x1bca0, 0x1bca3}, {0x1d173, 0x1d17a}, {0xe0001, 0xe007f}, {0xf0000, 0x10ffff}}};
 
 bool is_hidden(std::uint32_t character) {
-    return character == 0xfeff || std::any_of(kHidden.begin(), kHidden.end(), [&](const Range& range) {
-               return character >= range.first && character <= range.last;
-           });
+    return std::any_of(kHidden.begin(), kHidden.end(),
+                       [&](const Range& range) { return character >= range.first && character <= range.last; });
 }
 
 // The character at the front of valid UTF-8, and how many bytes it takes.
@@ -65,11 +60,17 @@ std::string printable(std::string_view text) {
     return shown;
 }
 
+std::string_view beginning(std::string_view text, std::size_t characters) {
+    std::size_t end = 0;
+    for (std::size_t bytes = 0; characters > 0 && end < text.size(); --characters, end += bytes) front(text.substr(end), bytes);
+    return text.substr(0, end);
+}
+
 std::string in_quotes(std::string_view text) {
-    std::string doubled;
-    for (const char c : text) doubled += c == '\\' ? "\\\\" : std::string(1, c);
     const char quote = text.find('\'') != std::string_view::npos && text.find('"') == std::string_view::npos ? '"' : '\'';
-    return quote + printable(doubled) + quote;
+    std::string content;
+    for (const char c : text) content += c == '\\' || c == quote ? std::string{'\\', c} : std::string{c};
+    return quote + printable(content) + quote;
 }
 
 }  // namespace lorafuse

@@ -12,7 +12,10 @@ bool is_printable(std::string_view text);
 // The text with those characters escaped, as Python's unicode_escape has them.
 std::string printable(std::string_view text);
 
-// The same in quotes, as Python's repr: backslashes are escaped too.
+// The same in quotes, as Python's repr: backslashes and quotes are escaped too.
 std::string in_quotes(std::string_view text);
+
+// The first characters of the UTF-8 text.
+std::string_view beginning(std::string_view text, std::size_t characters);
 
 }  // namespace lorafuse

@@ -5,15 +5,17 @@
 #include <utility>
 
 #include "bundle.hpp"
+#include "models.hpp"
 #include "onnxruntime.hpp"
-#include "overridable.hpp"
 #include "pool.hpp"
 
 namespace lorafuse {
 
 // A loaded task: a session, of its own or shared, and what goes into every run.
 struct Task::State {
-    Weights base, own;  // mapped for as long as the session reads them
+    State(const Bundle& bundle, const TaskRecord& task) : stored(bundle, task) {}
+
+    Stored stored;  // mapped for as long as the session reads it
     std::shared_ptr<const Session> session;
     Bound bound;
 };
@@ -25,7 +27,9 @@ struct Runtime::State {
 
     // A session that the tasks of a graph share, and the names of what any of them changes.
     struct Shared {
-        Weights base, own;
+        Shared(const Bundle& bundle, const TaskRecord& task) : stored(bundle, task) {}
+
+        Stored stored;
         std::set<std::string> exchanged;
         std::shared_ptr<const Session> session;
     };
@@ -47,17 +51,8 @@ struct Runtime::State {
     }
 
     std::shared_ptr<const Task::State> dedicated(const Key& key) const {
-        const TaskRecord& task = bundle.task(key.first);
-        auto loaded = std::make_shared<Task::State>();
-        loaded->base = bundle.base_weights(task), loaded->own = bundle.own_weights(task);
-        Model model{bundle.model(task), bundle.path(), {}, {}};
-        for (const auto& [name, tensor] : loaded->base.tensors) {
-            if (loaded->own.tensors.count(name) == 0) {
-                model.shared.emplace(name, tensor);
-            } else if (!key.second) {
-                model.replaced.emplace(name, tensor);
-            }
-        }
+        auto loaded = std::make_shared<Task::State>(bundle, bundle.task(key.first));
+        const Model model = dedicated_model(bundle, loaded->stored, key.second);
         loaded->session = std::make_shared<Session>(environment, model, options.threads);
         return loaded;
     }
@@ -65,28 +60,16 @@ struct Runtime::State {
     std::shared_ptr<const Task::State> resident(const Key& key) {
         const TaskRecord& task = bundle.task(key.first);
         const Shared& graph = shared(task);
-        auto loaded = std::make_shared<Task::State>();
-        loaded->base = bundle.base_weights(task), loaded->own = bundle.own_weights(task);
-        for (const auto& [name, _] : loaded->own.tensors) {
+        auto loaded = std::make_shared<Task::State>(bundle, task);
+        for (const auto& [name, _] : loaded->stored.own.tensors) {
             if (graph.exchanged.count(name) == 0) {
-                throw Error("task '" + key.first + "' could not be read when the runtime opened its graph, and changes '" + name +
+                throw Error("task '" + task.name + "' could not be read when the runtime opened its graph, and changes '" + name +
                             "'; open the runtime again");
             }
         }
         loaded->session = graph.session;
-        loaded->bound = Bound(*environment, chosen(graph.exchanged, loaded->base, loaded->own, key.second));
+        loaded->bound = Bound(*environment, chosen(bundle, loaded->stored, graph.exchanged, key.second));
         return loaded;
-    }
-
-    // Each parameter's value: the task's where it changes it, else the base's; of the unadapted model, the other way round.
-    static Tensors chosen(const std::set<std::string>& names, const Weights& base, const Weights& own, bool adapted) {
-        const Tensors &first = adapted ? own.tensors : base.tensors, &second = adapted ? base.tensors : own.tensors;
-        Tensors values;
-        for (const std::string& name : names) {
-            const auto found = first.find(name);
-            values[name] = found != first.end() ? found->second : second.at(name);
-        }
-        return values;
     }
 
     const Shared& shared(const TaskRecord& task) {
@@ -97,16 +80,11 @@ struct Runtime::State {
     }
 
     std::unique_ptr<const Shared> opened(const TaskRecord& task) const {
-        auto graph = std::make_unique<Shared>();
-        graph->base = bundle.base_weights(task), graph->own = bundle.own_weights(task);
+        auto graph = std::make_unique<Shared>(bundle, task);
         for (const auto& [_, other] : bundle.manifest().tasks) {
             if (other.graph == task.graph && !other.factors) add_changed(graph->exchanged, other);
         }
-        const Tensors defaults = chosen(graph->exchanged, graph->base, graph->own, /*adapted=*/false);
-        Model model{overridable(bundle.model(task), defaults), bundle.path(), {}, {}};
-        for (const auto& [name, tensor] : graph->base.tensors) {
-            if (graph->exchanged.count(name) == 0) model.shared.emplace(name, tensor);
-        }
+        const Model model = resident_model(bundle, graph->stored, graph->exchanged);
         graph->session = std::make_shared<Session>(environment, model, options.threads);
         return graph;
     }
@@ -127,7 +105,7 @@ struct Runtime::State {
     Pool<Key, Task::State> tasks;
 };
 
-Runtime::Runtime(const std::filesystem::path& bundle, const Options& options) : state_(std::make_unique<State>(bundle, options)) {}
+Runtime::Runtime(const std::filesystem::path& bundle, const Options& options) : state_(std::make_shared<State>(bundle, options)) {}
 Runtime::~Runtime() = default;
 Runtime::Runtime(Runtime&&) noexcept = default;
 Runtime& Runtime::operator=(Runtime&&) noexcept = default;
@@ -150,11 +128,9 @@ std::vector<std::string> Runtime::loaded() const {
 
 const std::vector<std::string>& Runtime::labels(const std::string& task) const { return state_->bundle.task(task).labels; }
 
-const std::vector<Port>& Runtime::inputs(const std::string& task) const {
-    return state_->bundle.graph(state_->bundle.task(task)).inputs;
-}
+std::vector<Port> Runtime::inputs(const std::string& task) const { return state_->bundle.inputs(state_->bundle.task(task)); }
 
-Task Runtime::use(const std::string& task, bool adapted) { return Task(state_->tasks.use({task, adapted})); }
+Task Runtime::use(const std::string& task, bool adapted) { return Task(state_, state_->tasks.use({task, adapted})); }
 
 Outputs Runtime::run(const std::string& task, const Inputs& inputs, bool adapted) { return use(task, adapted).run(inputs); }
 

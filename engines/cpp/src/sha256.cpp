@@ -61,7 +61,7 @@ void compress_all(Hash& hash, const unsigned char* blocks, std::size_t count) {
 
 #if defined(__x86_64__)
 
-// The same by the processor's instructions, six times as fast. They keep the eight words as ABEF and CDGH, and do two rounds each
+// The same by the processor's instructions. They keep the eight words as ABEF and CDGH, and do two rounds each
 // (Intel 64 and IA-32 Architectures Software Developer's Manual, SHA256RNDS2).
 __attribute__((target("sha,sse4.1"))) void compress_all_by_instructions(Hash& hash, const unsigned char* blocks,
                                                                         std::size_t count) {
@@ -113,14 +113,11 @@ std::string hex(const Hash& hash) {
     return text;
 }
 
-}  // namespace
-
-std::string sha256(const void* data, std::size_t size) {
+std::string hashed(Compress compress_blocks, const void* data, std::size_t size) {
     Hash hash = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
     const auto* bytes = static_cast<const unsigned char*>(data);
     const std::size_t whole = size / kBlock * kBlock, rest = size - whole;
-    static const Compress kCompress = fastest();
-    kCompress(hash, bytes, whole / kBlock);
+    compress_blocks(hash, bytes, whole / kBlock);
     // 5.1.1: a one bit, zeros, and the length in bits, to the end of one or two blocks.
     std::array<unsigned char, 2 * kBlock> last{};
     if (rest > 0) std::memcpy(last.data(), bytes + whole, rest);
@@ -128,8 +125,17 @@ std::string sha256(const void* data, std::size_t size) {
     const std::size_t end = rest + 9 <= kBlock ? kBlock : 2 * kBlock;
     const std::uint64_t bits = std::uint64_t{size} * 8;
     for (std::size_t i = 0; i < 8; ++i) last[end - 1 - i] = static_cast<unsigned char>(bits >> (8 * i));
-    kCompress(hash, last.data(), end / kBlock);
+    compress_blocks(hash, last.data(), end / kBlock);
     return hex(hash);
 }
+
+}  // namespace
+
+std::string sha256(const void* data, std::size_t size) {
+    static const Compress kFastest = fastest();
+    return hashed(kFastest, data, size);
+}
+
+std::string sha256_portable(const void* data, std::size_t size) { return hashed(compress_all, data, size); }
 
 }  // namespace lorafuse

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "int64": 4, "int32": 5}
@@ -30,6 +32,10 @@ def main(library: str, bundle: str, mode: int, memory: int) -> None:
     api.lorafuse_error.restype = ctypes.c_char_p
     api.lorafuse_output.restype = Tensor
     api.lorafuse_count.restype = ctypes.c_size_t
+    for name in ("lorafuse_task", "lorafuse_label"):
+        getattr(api, name).restype = ctypes.c_char_p
+    api.lorafuse_task.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    api.lorafuse_label.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
     for name in ("lorafuse_count", "lorafuse_free", "lorafuse_close"):
         getattr(api, name).argtypes = [ctypes.c_void_p]
     api.lorafuse_output.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -44,7 +50,17 @@ def main(library: str, bundle: str, mode: int, memory: int) -> None:
     api.lorafuse_close(runtime)
 
 
+def texts(get: Callable[[int], bytes | None]) -> list[str]:
+    """All up to the NULL behind the last one."""
+    return [text.decode() for text in iter(map(get, itertools.count()).__next__, None)]
+
+
 def answer(api: ctypes.CDLL, runtime: ctypes.c_void_p, request: dict, before: int) -> dict:
+    if request.get("list"):
+        tasks = texts(lambda index: api.lorafuse_task(runtime, index))
+        return {task: texts(lambda index, task=task: api.lorafuse_label(runtime, task.encode(), index)) for task in tasks}
+    if request.get("null"):
+        return nulls(api, runtime)
     inputs = (Tensor * len(request["inputs"]))()
     kept = []
     for place, given in enumerate(request["inputs"]):
@@ -63,6 +79,23 @@ def answer(api: ctypes.CDLL, runtime: ctypes.c_void_p, request: dict, before: in
         found[tensor.name.decode()] = {"shape": tensor.shape[: tensor.rank], "data": ctypes.string_at(tensor.data, tensor.bytes).hex()}
     api.lorafuse_free(outputs)
     return {"outputs": found, "anonymous": anonymous() - before}
+
+
+def nulls(api: ctypes.CDLL, runtime: ctypes.c_void_p) -> list:
+    """What each NULL that is not allowed is answered with."""
+    outputs, none = ctypes.byref(ctypes.c_void_p()), ctypes.c_void_p()
+    calls = [
+        lambda: api.lorafuse_open(b"bundle", None, None),
+        lambda: api.lorafuse_open(None, None, outputs),
+        lambda: api.lorafuse_run(None, b"first", 1, None, 0, outputs),
+        lambda: api.lorafuse_run(runtime, b"first", 1, None, 1, outputs),
+        lambda: api.lorafuse_run(runtime, b"first", 1, None, 0, None),
+        lambda: api.lorafuse_run(runtime, b"first", 1, ctypes.byref(Tensor(b"a", 0, None, 1, None, 0)), 1, outputs),
+    ]
+    refused = [api.lorafuse_error().decode() if call() else None for call in calls]
+    api.lorafuse_free(none)
+    api.lorafuse_close(none)
+    return [*refused, api.lorafuse_count(none), api.lorafuse_output(none, 0).name, api.lorafuse_task(none, 0), api.lorafuse_label(runtime, b"nope", 0)]
 
 
 def anonymous() -> int:

@@ -1,9 +1,12 @@
 // What the tests ask of the runtime's parts, one case a line, so that a process answers for many.
+#include <algorithm>
 #include <atomic>
 #include <iostream>
+#include <map>
 #include <random>
 #include <thread>
 
+#include "bundle.hpp"
 #include "lorafuse/runtime.hpp"
 #include "mapped_file.hpp"
 #include "safetensors.hpp"
@@ -16,7 +19,7 @@ using lorafuse::Outputs;
 
 void hash(const std::string& path) {
     const lorafuse::MappedFile file(path);
-    std::cout << lorafuse::sha256(file.data(), file.size()) << '\n';
+    std::cout << lorafuse::sha256(file.data(), file.size()) << ' ' << lorafuse::sha256_portable(file.data(), file.size()) << '\n';
 }
 
 void tensors(const std::string& path) {
@@ -31,6 +34,15 @@ void tensors(const std::string& path) {
         std::cout << '\n';
     } catch (const lorafuse::Error& error) {
         std::cout << "refused " << error.what() << '\n';
+    }
+}
+
+void opened(const std::string& path) {
+    try {
+        const lorafuse::Bundle bundle(path);
+        std::cout << "whole\n";
+    } catch (const lorafuse::Error& error) {
+        std::cout << error.what() << '\n';
     }
 }
 
@@ -74,17 +86,16 @@ void threads(const std::string& bundle, lorafuse::Options options) {
     std::cout << answers << " answers, " << wrong << " wrong, " << runtime.loaded().size() << " loaded\n";
 }
 
-// Outputs stay what they are after their runtime is gone.
+// Outputs stay what they are after their runtime is gone, and so do tasks that someone has in hand.
 void outlive(const std::string& bundle, const lorafuse::Options& options) {
     const Row row;
-    Outputs kept;
-    std::string before;
-    {
-        lorafuse::Runtime runtime(bundle, options);
-        kept = runtime.run(runtime.tasks().front(), row.inputs());
-        before = bytes(kept);
-    }
-    std::cout << (bytes(kept) == before ? "same" : "changed") << '\n';
+    auto runtime = std::make_unique<lorafuse::Runtime>(bundle, options);
+    const std::string name = runtime->tasks().front();
+    const lorafuse::Task task = runtime->use(name);
+    const Outputs kept = runtime->run(name, row.inputs());
+    const std::string before = bytes(kept);
+    runtime.reset();
+    std::cout << (bytes(kept) == before && bytes(task.run(row.inputs())) == before ? "same" : "changed") << '\n';
 }
 
 }  // namespace
@@ -92,11 +103,13 @@ void outlive(const std::string& bundle, const lorafuse::Options& options) {
 int main(int count, char** values) {
     const std::string what = count > 1 ? values[1] : "";
     try {
-        if (what == "sha256" || what == "tensors") {
-            for (int i = 2; i < count; ++i) what == "sha256" ? hash(values[i]) : tensors(values[i]);
+        const std::map<std::string, void (*)(const std::string&)> parts = {
+            {"sha256", hash}, {"tensors", tensors}, {"bundles", opened}};
+        if (const auto part = parts.find(what); part != parts.end()) {
+            std::for_each(values + 2, values + count, part->second);
             return 0;
         }
-        if (count != 5) throw lorafuse::Error("usage: probe sha256|tensors FILE ... | threads|outlive BUNDLE MODE BYTES");
+        if (count != 5) throw lorafuse::Error("usage: probe sha256|tensors|bundles PATH ... | threads|outlive BUNDLE MODE BYTES");
         lorafuse::Options options;
         options.mode = std::string(values[3]) == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
         options.memory = std::stoull(values[4]);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import transformers
 from compiled import HERE, Built
 
 import engines
+import exporter
 from engines.generate import greedy
 from engines.inputs import empty_cache, random_inputs, sizes
 from exporter.bundle.manifest import Bundle, Graph, open_bundle
@@ -104,8 +105,18 @@ def test_threads_get_their_own_tasks_answers(built: Built, bundle: Bundle, mode:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_outputs_outlive_their_runtime(built: Built, bundle: Bundle, mode: str):
+def test_outputs_and_tasks_in_hand_outlive_their_runtime(built: Built, bundle: Bundle, mode: str):
     assert built.probe("outlive", bundle.path, mode, "0") == "same\n"
+
+
+class Longer:
+    """An array of one element more than its shape says."""
+
+    def __init__(self, array: Array) -> None:
+        self.dtype, self.shape, self._values = array.dtype, array.shape, array
+
+    def tobytes(self) -> bytes:
+        return self._values.tobytes() + bytes(self.dtype.itemsize)
 
 
 @pytest.fixture
@@ -118,11 +129,11 @@ def ask_by_c(built: Built) -> Iterator[Any]:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         running.append(process)
 
-        def ask(task: str | None, inputs: dict[str | None, Array], adapted: bool = True) -> dict[str, Any]:
+        def ask(task: str | None, inputs: Mapping[str | None, Array | Longer], adapted: bool = True, **more: bool) -> Any:
             given = [{"name": name, "dtype": str(array.dtype), "shape": array.shape, "data": array.tobytes().hex()} for name, array in inputs.items()]
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(json.dumps({"task": task, "inputs": given, "adapted": adapted}) + "\n")
+            process.stdin.write(json.dumps({"task": task, "inputs": given, "adapted": adapted, **more}) + "\n")
             process.stdin.flush()
             return json.loads(process.stdout.readline())
 
@@ -165,10 +176,48 @@ def test_inputs_that_do_not_fit_are_refused_in_the_same_words_and_the_task_goes_
 def test_what_c_can_do_wrong_is_refused(ask_by_c: Any, bundle: Bundle):
     ids = np.ones((1, 4), np.int64)
     ask = ask_by_c(bundle.path)
-    assert ask(None, {}) == {"error": "the task is NULL; give a text"}
-    assert ask("dense", {None: ids}) == {"error": "an input's name is NULL; give a text"}
+    assert ask(None, {}) == {"error": "the task is NULL"}
+    assert ask("dense", {None: ids}) == {"error": "an input's name is NULL"}
+    assert ask("dense", {"input_ids": Longer(ids)}) == {"error": "input 'input_ids' has 40 bytes; its shape takes 32"}
     names = [port.name for port in bundle.graph(bundle.task("dense")).inputs]
     assert ask("dense", dict.fromkeys(names, ids.astype(np.int8))) == {"error": "a dtype that there is not; expected one of lorafuse::DType"}
+
+
+def test_c_sees_the_tasks_and_their_labels(ask_by_c: Any, bundle: Bundle):
+    assert ask_by_c(bundle.path)("", {}, list=True) == {name: list(bundle.task(name).labels) for name in ("dense", "first", "other")}
+
+
+def test_null_where_c_may_not_give_it_is_refused(ask_by_c: Any, bundle: Bundle):
+    wheres = ("where the runtime goes", "the bundle", "the runtime", "the list of inputs", "where the outputs go", "an input's shape")
+    assert ask_by_c(bundle.path)("", {}, null=True) == [*(f"{where} is NULL" for where in wheres), 0, None, None, None]
+
+
+class Grid(torch.nn.Module):
+    """In float16, ONNX Runtime prepacks the weights of a layer norm, and refuses to share that; here they are a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.out = torch.nn.LayerNorm((4, 8)), torch.nn.Linear(8, 2)
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(grid))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_can_not_be_shared_are_not(ask_by_c: Any, tmp_path: Path, mode: Any):
+    exporter.export(Grid(), {"grid": torch.ones(2, 4, 8)}, tmp_path / "bundle", task="grid", precision="float16")
+    grid = np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32)
+    with engines.open(tmp_path / "bundle", mode, threads=1) as runtime:
+        wanted = runtime.run("grid", {"grid": grid})["output"]
+    assert ask_by_c(tmp_path / "bundle", MODES.index(mode))("grid", {"grid": grid})["outputs"]["output"]["data"] == wanted.tobytes().hex()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_classifier_in_float16_answers_with_the_same_bits(built: Built, tiny_base: Path, write_adapter, tmp_path: Path, mode: str):
+    half = export_task(Request(tiny_base, write_adapter(), "half", precision="float16"), tmp_path / "bundle").bundle
+    for adapted in (True, False):
+        assert in_cpp(built, half, "half", mode, adapted) == in_python(half, "half", mode, adapted)
 
 
 def test_sessions_share_the_base_and_what_is_prepacked_of_it(ask_by_c: Any, real_bundle: Bundle):

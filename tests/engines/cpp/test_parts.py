@@ -8,21 +8,23 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 from compiled import HERE, ROOT, Built, run
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from exporter.bundle.manifest import Bundle
+from lora.errors import CheckpointError
+from lora.tensorfile import TensorFile
 
 
 def test_sha256_is_hashlibs(built: Built, tmp_path: Path):
-    """Every length up to three blocks, where the padding takes every form, and one of many blocks."""
+    """With the processor's instructions and without: every length up to three blocks, where the padding takes every form, and one of many."""
     chance = random.Random(0)
     contents = [chance.randbytes(size) for size in (*range(193), 100_003)]
     for number, content in enumerate(contents):
         (tmp_path / str(number)).write_bytes(content)
     said = built.probe("sha256", *(tmp_path / str(number) for number in range(len(contents))))
-    assert said.split() == [hashlib.sha256(content).hexdigest() for content in contents]
+    assert said.splitlines() == [" ".join([hashlib.sha256(content).hexdigest()] * 2) for content in contents]
 
 
 WHOLE = {
@@ -31,6 +33,7 @@ WHOLE = {
     "ids": np.arange(4, dtype=np.int64),
     "empty": np.zeros((0, 3), np.float32),
     "flags": np.array([True, False]),
+    "codes": np.arange(3, dtype=np.uint32),
 }
 
 
@@ -63,24 +66,53 @@ def mutated(chance: random.Random, content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + bytes(header) + data
 
 
-def library_reads(path: Path) -> bool:
+def in_python(path: Path) -> str:
     try:
-        with safe_open(path, framework="numpy"):
-            return True
-    except (SafetensorError, ValueError, OSError):
-        return False
+        TensorFile(path)
+    except CheckpointError as error:
+        return f"refused {error}"
+    return "whole"
 
 
-def test_hostile_safetensors_files_are_refused_where_the_library_refuses_them(built: Built, tmp_path: Path):
-    """And none crashes it: the probe runs under AddressSanitizer. What is more than the library refuses are tensors of dtypes that engines lack."""
+def without_json_library(said: str) -> str:
+    """The two JSON libraries have words and places of their own; that it is the JSON, both say."""
+    return said.partition("invalid JSON in header: ")[0].partition("invalid UTF-8 in header: ")[0]
+
+
+def test_hostile_safetensors_files_are_refused_in_the_same_words(built: Built, tmp_path: Path):
+    """And none crashes it: the probe runs under AddressSanitizer."""
     chance, content = random.Random(1), save(WHOLE, {"format": "pt"})
     paths = [tmp_path / f"{number:03}" for number in range(400)]
     for path in paths:
         path.write_bytes(mutated(chance, content))
-    found = [line.startswith("whole") for line in built.probe("tensors", *paths).splitlines()]
-    wanted = [library_reads(path) for path in paths]
-    assert 0 < sum(wanted) < len(wanted)
-    assert [(path.name, mine) for path, mine, theirs in zip(paths, found, wanted, strict=True) if mine != theirs] == []
+    found = ["whole" if line.startswith("whole") else without_json_library(line) for line in built.probe("tensors", *paths).splitlines()]
+    wanted = [without_json_library(in_python(path)) for path in paths]
+    assert 0 < wanted.count("whole") < len(set(wanted)) < len(wanted)
+    assert [(mine, theirs) for mine, theirs in zip(found, wanted, strict=True) if mine != theirs] == []
+
+
+F32: dict[str, object] = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+HEADERS: dict[str, dict[str, object]] = {
+    "an unknown field": {"a": F32 | {"more": 1}},
+    "metadata that is no text": {"__metadata__": {"a": 1}, "a": F32},
+    "metadata that is no object": {"__metadata__": 1, "a": F32},
+    "a size that can't be counted": {"a": F32 | {"shape": [2**62, 8]}},
+    "a negative size": {"a": F32 | {"shape": [-1]}},
+    "another size": {"a": F32 | {"shape": [2]}},
+    "an end before the start": {"a": F32 | {"data_offsets": [4, 0]}},
+    "three offsets": {"a": F32 | {"data_offsets": [0, 4, 4]}},
+    "a gap": {"a": F32 | {"data_offsets": [4, 8]}},
+    "a dtype that numpy lacks": {"a": F32 | {"dtype": "F8_E4M3", "shape": [4]}},
+    "no tensors": {},
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_safetensors_header_is_refused_in_the_same_words(built: Built, tmp_path: Path, header: dict[str, object]):
+    encoded = json.dumps(header).encode()
+    (tmp_path / "file").write_bytes(len(encoded).to_bytes(8, "little") + encoded + b"1234")
+    found = built.probe("tensors", tmp_path / "file").rstrip("\n")
+    assert without_json_library(found if found.startswith("refused") else "whole") == without_json_library(in_python(tmp_path / "file"))
 
 
 def test_the_pool_holds_under_threads(tmp_path: Path, built: Built):
@@ -97,4 +129,12 @@ def test_an_installed_library_is_found_by_cmake_and_needs_no_json_header(built: 
     run("cmake", "-S", HERE / "consumer", "-B", tmp_path / "consumer", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
     run("ninja", "-C", tmp_path / "consumer")
     assert run(tmp_path / "consumer" / "consumer", tiny_bundle.path) == "first\n"
-    assert json.dumps(sorted(path.name for path in (prefix / "include").rglob("*.h*"))) == '["lorafuse.h", "runtime.hpp"]'
+    assert json.dumps(sorted(path.name for path in (prefix / "include").rglob("*.h*"))) == '["export.h", "lorafuse.h", "runtime.hpp"]'
+
+
+def test_the_shared_library_shows_what_its_headers_declare_and_nothing_else(built: Built):
+    shown = run("nm", "--dynamic", "--defined-only", "--demangle", built.shared / "liblorafuse.so")
+    functions = [line.split(" ", 2)[2] for line in shown.splitlines() if " T " in line]
+    assert functions
+    assert [name for name in functions if not name.startswith("lorafuse")] == []
+    assert "nlohmann" not in shown

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import os
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from compiled import Built
+from safetensors.numpy import load_file, save_file
 
 import engines
-from exporter.bundle.manifest import open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.task import add_task
 from lora.errors import LorafuseError
 
 Manifest = dict[str, Any]
@@ -79,6 +84,7 @@ def only(mapping: Manifest) -> Manifest:
     return value
 
 
+BASE = {"sha256": "0", "precision": "float32", "longest": 1, "vocabulary": 1, "weights": []}
 ENGINE = {"backend": "b", "version": "1", "target": "t", "model_sha256": "0", "weights_sha256": "0"}
 EDITS: dict[str, Callable[[Manifest], object]] = {
     "a newer schema": lambda content: content.update(schema=99),
@@ -114,6 +120,98 @@ EDITS: dict[str, Callable[[Manifest], object]] = {
 def test_a_hostile_manifest_is_refused(built: Built, tiny_copy: Path, change: Callable[[Manifest], object]):
     edit(tiny_copy, change)
     both_refuse(built, tiny_copy)
+
+
+def parts(value: Any, place: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The place of everything in a document."""
+    yield place
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from parts(value[key], (*place, key))
+
+
+def changed(content: Manifest, place: tuple[str | int, ...], change: Callable[[Any, str | int], object]) -> Manifest:
+    copied = inner = copy.deepcopy(content)
+    for key in place[:-1]:
+        inner = inner[key]
+    change(inner, place[-1])
+    return copied
+
+
+VALUES = [None, True, -1, 7.5, "", "a/../b", "a" * 300 + "/b", "x\u061c\u2028", "a\\b'\"", [], [None], {}, {"a": 1}]
+
+
+def test_whatever_is_wrong_in_a_manifest_is_said_in_the_same_words(built: Built, tiny_bundle: Bundle, tmp_path: Path):
+    """Everything in it removed, and replaced by a value of each kind, one at a time."""
+    content = json.loads((tiny_bundle.path / "manifest.json").read_bytes())
+    file = {"path": "engines/b", "size": 1, "sha256": "0"}
+    engine = ENGINE | {"file": file, "mode": "refit", "refittable": ["a"], "proven": {"a": "b"}}
+    first(content)["engines"] = only(content["graphs"])["engines"] = {"b": engine}
+    only(content["graphs"])["weights"] = {"a": None, "b": [1, 0]}
+    content["timing_caches"] = {"k": file}
+    places = [place for place in parts(content) if place]
+    manifests = [changed(content, place, lambda inner, key: inner.pop(key)) for place in places]
+    manifests += [changed(content, place, lambda inner, key, value=value: inner.__setitem__(key, value)) for place in places for value in VALUES]
+    paths = [tmp_path / f"{number:04}" for number in range(len(manifests))]
+    for path, manifest in zip(paths, manifests, strict=True):
+        path.mkdir()
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    found, wanted = built.probe("bundles", *paths).splitlines(), [opened_in_python(path) for path in paths]
+    assert [pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1]] == []
+    assert len({said.removeprefix(str(path)) for said, path in zip(found, paths, strict=True)}) > 100
+
+
+def opened_in_python(path: Path) -> str:
+    try:
+        open_bundle(path)
+    except LorafuseError as error:
+        return str(error)
+    return "whole"
+
+
+def test_characters_that_do_not_show_are_those_that_python_escapes(built: Built, tmp_path: Path):
+    """All that this Python's Unicode has assigned, in a path that is refused."""
+    characters = "".join(char for char in map(chr, range(0x110000)) if unicodedata.category(char) not in ("Cn", "Cs"))
+    manifest = {"schema": 3, "base": BASE | {"files": [{"path": f"/{characters}", "size": 1, "sha256": "0"}]}, "graphs": {}, "tasks": {}, "versions": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert built.probe("bundles", tmp_path) == opened_in_python(tmp_path) + "\n"
+
+
+@pytest.mark.parametrize("spelled", ["{}/", "{}//.", "{}/../bundle/"])
+def test_a_bundles_path_is_shown_as_python_shows_it(built: Built, tiny_copy: Path, spelled: str):
+    with pytest.raises(LorafuseError) as refused, engines.open(spelled.format(tiny_copy)) as runtime:
+        runtime.run("nope", {})
+    assert built.ask(spelled.format(tiny_copy), "--task", "nope", "--ids", "1", status=3) == f"lorafuse-ask: {refused.value}\n"
+
+
+def test_a_weight_that_neither_has_is_named(built: Built, tiny_copy: Path, write_adapter):
+    """Of two tasks in one session, ``less`` leaves alone what ``first`` changes, and the base has lost it."""
+    less = {f"base_model.model.bert.encoder.layer.{layer}.attention.self.value.lora_{part}.weight": None for layer in range(2) for part in "AB"}
+    add_task(tiny_copy, write_adapter("less", tensors=less, config={"target_modules": ["query"]}), "less")
+    weights = tiny_copy / open_bundle(tiny_copy).manifest.base.weights[0].path
+    save_file({name: values for name, values in load_file(weights).items() if ".value.weight" not in name}, weights)
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    edit(tiny_copy, lambda content: content["base"]["weights"][0].update(size=weights.stat().st_size, sha256=sha256))
+    assert "neither the base nor task 'less' has the weight 'bert." in both_refuse(built, tiny_copy, "less", mode="resident")
+
+
+ASKED = {
+    "no words": ((), "give a bundle, a task and ids\nusage: "),
+    "no task": (("bundle", "--ids", "1"), "give a bundle, a task and ids\nusage: "),
+    "an id that is none": (("bundle", "--ids", "1,x"), "--ids 'x': expected a whole number, 0 or more\n"),
+    "a mode that there is not": (("bundle", "--mode", "both"), "mode 'both' is not known; expected dedicated or resident\n"),
+    "an option that there is not": (("bundle", "--fast"), "'--fast' is not known\nusage: "),
+    "half an option": (("bundle", "--task"), "--task needs a value\n"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), ASKED.values(), ids=ASKED)
+def test_the_example_says_what_it_does_not_understand(built: Built, words: tuple[str, ...], said: str):
+    assert built.ask(*words, status=3).startswith(f"lorafuse-ask: {said}")
+
+
+def test_a_classifier_generates_nothing(built: Built, tiny_copy: Path):
+    said = built.ask(tiny_copy, "--task", "first", "--ids", "101", "--tokens", "2", status=3)
+    assert said == "lorafuse-ask: task 'first' generates no tokens\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"schema": 3} more'], ids=["empty", "cut short", "no text", "deep", "two"])

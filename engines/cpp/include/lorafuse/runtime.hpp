@@ -15,22 +15,26 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <variant>
 #include <vector>
+
+#include "lorafuse/export.h"
 
 namespace lorafuse {
 
 // What went wrong, in one line: the file, the field or tensor, what was expected, and what to do.
-class Error : public std::runtime_error {
+class LORAFUSE_API Error : public std::runtime_error {
 public:
     using std::runtime_error::runtime_error;
 };
 
-enum class DType { float32, float16, bfloat16, float64, int64, int32, int16, int8, uint8, boolean };
+enum class DType { float32, float16, bfloat16, float64, int64, int32, int16, int8, uint8, boolean, uint16, uint32, uint64 };
 
 // The dtype's name as the manifest has it, such as "float32"; and the bytes of one element.
-const char* name_of(DType dtype);
-std::size_t size_of(DType dtype);
+LORAFUSE_API const char* name_of(DType dtype);
+LORAFUSE_API std::size_t size_of(DType dtype);
 
 // An array in the caller's memory, row-major and without gaps. It is read during the call and not copied.
 struct TensorView {
@@ -40,34 +44,32 @@ struct TensorView {
     std::size_t bytes;
 };
 
+// The dtype of a C++ type; the two halves have none.
 template <typename T>
-constexpr DType dtype_of();
-template <>
-constexpr DType dtype_of<float>() {
-    return DType::float32;
-}
-template <>
-constexpr DType dtype_of<double>() {
-    return DType::float64;
-}
-template <>
-constexpr DType dtype_of<std::int64_t>() {
-    return DType::int64;
-}
-template <>
-constexpr DType dtype_of<std::int32_t>() {
-    return DType::int32;
-}
-template <>
-constexpr DType dtype_of<std::uint8_t>() {
-    return DType::uint8;
+constexpr DType dtype_of() {
+    if constexpr (std::is_same_v<T, float>) return DType::float32;
+    else if constexpr (std::is_same_v<T, double>) return DType::float64;
+    else if constexpr (std::is_same_v<T, std::int64_t>) return DType::int64;
+    else if constexpr (std::is_same_v<T, std::int32_t>) return DType::int32;
+    else if constexpr (std::is_same_v<T, std::int16_t>) return DType::int16;
+    else if constexpr (std::is_same_v<T, std::int8_t>) return DType::int8;
+    else if constexpr (std::is_same_v<T, std::uint64_t>) return DType::uint64;
+    else if constexpr (std::is_same_v<T, std::uint32_t>) return DType::uint32;
+    else if constexpr (std::is_same_v<T, std::uint16_t>) return DType::uint16;
+    else if constexpr (std::is_same_v<T, std::uint8_t>) return DType::uint8;
+    else {
+        static_assert(std::is_same_v<T, bool>, "a type that no dtype has");
+        return DType::boolean;
+    }
 }
 
-// A view of a vector. The vector must outlive it.
+// A view of a vector, which must outlive it; not of a temporary one.
 template <typename T>
 TensorView view(const std::vector<T>& values, std::vector<std::int64_t> shape) {
     return {dtype_of<T>(), std::move(shape), values.data(), values.size() * sizeof(T)};
 }
+template <typename T>
+TensorView view(const std::vector<T>&& values, std::vector<std::int64_t> shape) = delete;
 
 // An output. It owns its memory, which ONNX Runtime wrote, and may outlive the runtime.
 class Tensor {
@@ -119,20 +121,22 @@ struct Options {
     std::string onnxruntime;
 };
 
-// A task that is loaded, and stays so for as long as this object lives. It must not outlive the runtime.
-class Task {
+// A task that is loaded, and stays so for as long as this object lives, even where the runtime's ends before.
+class LORAFUSE_API Task {
 public:
     Outputs run(const Inputs& inputs) const;
 
 private:
     friend class Runtime;
     struct State;
-    explicit Task(std::shared_ptr<const State> state) : state_(std::move(state)) {}
+    Task(std::shared_ptr<const void> runtime, std::shared_ptr<const State> state)
+        : runtime_(std::move(runtime)), state_(std::move(state)) {}
+    std::shared_ptr<const void> runtime_;  // given back last
     std::shared_ptr<const State> state_;
 };
 
 // Every method may be called from any thread. A task is loaded when it is first asked for.
-class Runtime {
+class LORAFUSE_API Runtime {
 public:
     // Throws Error when there is no bundle, its manifest is damaged, or ONNX Runtime can't be loaded.
     explicit Runtime(const std::filesystem::path& bundle, const Options& options = {});
@@ -146,7 +150,7 @@ public:
 
     // A task's class labels in the order of the outputs (none for a regression), and what its graph takes.
     const std::vector<std::string>& labels(const std::string& task) const;
-    const std::vector<Port>& inputs(const std::string& task) const;
+    std::vector<Port> inputs(const std::string& task) const;
 
     // The task, kept loaded. Without `adapted`, the base under the task's head. Where others hold the memory, it waits.
     // Throws Error when there is no such task, its files are damaged, or the memory can never hold it.
@@ -157,7 +161,7 @@ public:
 
 private:
     struct State;
-    std::unique_ptr<State> state_;
+    std::shared_ptr<State> state_;
 };
 
 }  // namespace lorafuse
