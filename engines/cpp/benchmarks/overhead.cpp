@@ -2,7 +2,6 @@
 //
 //     lorafuse-overhead BUNDLE TASK LENGTH TURNS [LIBRARY]
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cstdio>
 #include <functional>
@@ -23,6 +22,22 @@ double microseconds(const std::function<void()>& call) {
 double median(std::vector<double> values) {
     std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
     return values[values.size() / 2];
+}
+
+struct Compared {
+    double first, added;  // medians, in microseconds: of the first call, and of what the second takes more
+};
+
+// Calls in turn, either first as often as the other.
+Compared compared(const std::function<void()>& first, const std::function<void()>& second, int turns) {
+    std::vector<double> took, added;
+    for (int turn = 0; turn < turns; ++turn) {
+        const double early = turn % 2 == 0 ? microseconds(first) : microseconds(second);
+        const double late = turn % 2 == 0 ? microseconds(second) : microseconds(first);
+        took.push_back(turn % 2 == 0 ? early : late);
+        added.push_back(turn % 2 == 0 ? late - early : early - late);
+    }
+    return {median(took), median(added)};
 }
 
 // ONNX Runtime's own call with everything at hand that can be.
@@ -46,7 +61,8 @@ void measure(const std::string& path, const std::string& name, std::int64_t leng
     const lorafuse::Bundle bundle(path);
     const lorafuse::Stored stored(bundle, bundle.task(name));
     const auto environment = std::make_shared<const lorafuse::Environment>(library);
-    const lorafuse::Session alone(environment, {bundle.model(stored.task), bundle.path(), {}, {}}, 1);
+    const lorafuse::Model files{bundle.model(stored.task), bundle.path(), {}, {}};
+    const lorafuse::Session alone(environment, files, 1), another(environment, files, 1);
     const lorafuse::Session sharing(environment, lorafuse::dedicated_model(bundle, stored, true), 1);
     lorafuse::Options options;
     options.threads = 1, options.onnxruntime = library;
@@ -55,20 +71,19 @@ void measure(const std::string& path, const std::string& name, std::int64_t leng
     lorafuse::Inputs inputs;
     for (const lorafuse::Port& port : bundle.inputs(stored.task)) inputs[port.name] = lorafuse::view(ones, {1, length});
     runtime.run(name, inputs);
-    const std::array<std::function<void()>, 3> calls = {[&] { run_raw(*environment, alone.handle(), inputs); },
-                                                        [&] { run_raw(*environment, sharing.handle(), inputs); },
-                                                        [&] { sharing.run(inputs, {}); }};
-    std::vector<double> raw, shared, added, found;
-    for (std::size_t turn = 0; turn < static_cast<std::size_t>(turns); ++turn) {
-        std::array<double, 3> took{};
-        for (std::size_t i = 0; i < 3; ++i) took[(turn + i) % 3] = microseconds(calls[(turn + i) % 3]);
-        raw.push_back(took[0]), shared.push_back(took[1] - took[0]), added.push_back(took[2] - took[1]);
-        found.push_back(microseconds([&] { runtime.use(name); }));
-    }
-    const double call = median(raw), of_sharing = median(shared), ours = median(added) + median(found);
-    std::printf("ONNX Runtime alone %.1f us; sharing the base's weights adds %.1f us (%.2f %%)\n", call, of_sharing,
-                100 * of_sharing / call);
-    std::printf("a run adds %.1f us, finding the task %.1f us: %.2f %%\n", median(added), median(found), 100 * ours / call);
+    const auto raw_alone = [&] { run_raw(*environment, alone.handle(), inputs); };
+    const auto raw_sharing = [&] { run_raw(*environment, sharing.handle(), inputs); };
+    const Compared control = compared(raw_alone, [&] { run_raw(*environment, another.handle(), inputs); }, turns);
+    const Compared shared = compared(raw_alone, raw_sharing, turns);
+    const auto ask = [&] {
+        const lorafuse::Task task = runtime.use(name);
+        sharing.run(inputs, {});
+    };
+    const Compared ours = compared(raw_sharing, ask, turns);
+    std::printf("ONNX Runtime alone %.1f us; sharing the base's weights adds %.1f us (another session like the first: %.1f us)\n",
+                shared.first, shared.added, control.added);
+    std::printf("ONNX Runtime %.1f us; finding the task and calling by lorafuse adds %.1f us (%.2f %%)\n", ours.first, ours.added,
+                100 * ours.added / ours.first);
 }
 
 }  // namespace

@@ -129,6 +129,7 @@ def test_an_installed_library_is_found_by_cmake_and_needs_no_json_header(built: 
     run("cmake", "-S", HERE / "consumer", "-B", tmp_path / "consumer", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
     run("ninja", "-C", tmp_path / "consumer")
     assert run(tmp_path / "consumer" / "consumer", tiny_bundle.path) == "first\n"
+    run("gcc", "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{prefix}/include", prefix / "include" / "lorafuse.h")
     assert json.dumps(sorted(path.name for path in (prefix / "include").rglob("*.h*"))) == '["export.h", "lorafuse.h", "runtime.hpp"]'
 
 
