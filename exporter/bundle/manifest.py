@@ -230,7 +230,9 @@ def check_sha256(path: Path, file: File, found: str) -> None:
 def open_bundle(path: Path) -> Bundle:
     """Open the bundle in ``path``. Raises BundleError when it is not one, is damaged, or is of a newer schema."""
     manifest = path / MANIFEST
-    if not manifest.is_file():
+    with reading(path):
+        found = manifest.is_file()
+    if not found:
         raise BundleError(f"{path}: not a bundle (no {MANIFEST}); create one with 'lorafuse export'")
     return Bundle(path, _decode(manifest))
 

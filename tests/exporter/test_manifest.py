@@ -224,6 +224,11 @@ def test_a_bundle_reached_through_a_link_is_a_bundle(tiny_copy: Path, tmp_path: 
     assert open_bundle(tmp_path / "current").checked(open_bundle(tiny_copy).task("first").model).is_file()
 
 
+def test_a_bundles_name_longer_than_the_system_takes_is_refused(tmp_path: Path):
+    with pytest.raises(BundleError, match="a{300}: "):
+        open_bundle(tmp_path / ("a" * 300))
+
+
 def test_a_file_name_longer_than_the_system_takes_is_refused(tiny_copy: Path):
     bundle = open_bundle(edited(tiny_copy, lambda content: content["tasks"]["first"]["model"].update(path="a" * 300)))
     with pytest.raises(BundleError, match="File name too long"):
