@@ -225,7 +225,7 @@ def test_a_bundle_reached_through_a_link_is_a_bundle(tiny_copy: Path, tmp_path: 
 
 
 def test_a_bundles_name_longer_than_the_system_takes_is_refused(tmp_path: Path):
-    with pytest.raises(BundleError, match="a{300}: "):
+    with pytest.raises(BundleError, match=r"a{300}: "):
         open_bundle(tmp_path / ("a" * 300))
 
 
