@@ -24,6 +24,7 @@ def measured(arm: str) -> dict[str, Any]:
     """Bytes, and tokens a second in the median of the steps."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=1024, n_layer=24, n_head=16))
     if arm == "lora":
         inject(model, INJECTION)
