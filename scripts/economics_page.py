@@ -157,7 +157,8 @@ def ranks(record: Record) -> Iterable[str]:
     if len(found) < 2:
         return
     yield "## Which rank\n"
-    yield f"The same on {SUPERSENSE.name} (paper, section 7: a rank of one to eight does as well as 64), alpha twice the rank; the rate was chosen for rank 8 and not anew for the others.\n"
+    yield f"The same on {SUPERSENSE.name} (paper, section 7: a rank of one to eight does as well as 64), alpha twice the rank."
+    yield "The rate was chosen for rank 8 and not anew for the others.\n"
     yield "| rank | accuracy |"
     yield "|---|---|"
     for rank, values in found.items():
