@@ -21,7 +21,7 @@ from lora.adapter import LowRank
 from lora.formats.peft import read_peft
 from lora.tensorfile import TensorFile, file_sha256
 
-COMMANDS = ("export", "build", "verify", "bench", "run", "merge", "inspect")
+COMMANDS = ("export", "build", "verify", "bench", "run", "merge", "inspect", "plan", "train")
 
 
 # Help and usage
