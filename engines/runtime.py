@@ -79,7 +79,8 @@ def unadapted_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -
 
 
 def _plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
-    assert engine.file is not None
+    if engine.file is None:
+        raise _refused(bundle, task, engine, "the manifest names no plan")
     plan = bundle.checked(engine.file)
     if engine.version != chosen.version():
         raise _refused(bundle, task, engine, f"it was built by version {engine.version}, and this is {chosen.version()}")

@@ -117,9 +117,10 @@ def test_missing_plan_is_refused_by_name(rtx_copy: Path):
         ({"model_sha256": "0" * 64}, "it was built from an earlier export of the task"),
         ({"weights_sha256": "0" * 64}, "it was built from an earlier export of the task"),
         ({"version": "0.9"}, r"it was built by version 0\.9, and this is \d+\.\d+[\d.]*"),
+        ({"file": None}, "the manifest names no plan"),
     ],
 )
-def test_engine_of_another_export_or_version_is_refused_by_name(rtx_copy: Path, change: dict[str, str], said: str):
+def test_engine_of_another_export_or_version_is_refused_by_name(rtx_copy: Path, change: dict[str, str | None], said: str):
     """What a build that ran beside an export leaves behind, and what an update of the library does."""
     manifest = open_bundle(rtx_copy).manifest
     record = manifest.tasks["first"]

@@ -31,6 +31,7 @@ constexpr const char* kUsage =
     "Prints the likeliest class and its logit; of a regression, the value; with --tokens, the tokens that a language model adds.\n"
     "  --tokens N              generate N tokens\n"
     "  --mode dedicated|resident\n"
+    "  --backend onnxruntime|tensorrt|tensorrt-rtx\n"
     "  --memory BYTES          of weights that tasks may hold\n"
     "  --unadapted             the base under the task's head\n"
     "  --onnxruntime PATH      ONNX Runtime's library\n"
@@ -58,6 +59,13 @@ lorafuse::Mode mode_of(const std::string& name) {
     throw lorafuse::Error("mode '" + name + "' is not known; expected dedicated or resident");
 }
 
+lorafuse::Backend backend_of(const std::string& name) {
+    if (name == "onnxruntime") return lorafuse::Backend::onnxruntime;
+    if (name == "tensorrt") return lorafuse::Backend::tensorrt;
+    if (name == "tensorrt-rtx") return lorafuse::Backend::tensorrt_rtx;
+    throw lorafuse::Error("backend '" + name + "' is not known; expected onnxruntime, tensorrt or tensorrt-rtx");
+}
+
 Arguments arguments_of(int count, char** values) {
     Arguments arguments;
     arguments.options.threads = 1;
@@ -71,6 +79,7 @@ Arguments arguments_of(int count, char** values) {
         else if (name == "--ids") arguments.ids = ids_of(value());
         else if (name == "--tokens") arguments.tokens = number_of(name, value());
         else if (name == "--mode") arguments.options.mode = mode_of(value());
+        else if (name == "--backend") arguments.options.backend = backend_of(value());
         else if (name == "--memory") arguments.options.memory = static_cast<std::uint64_t>(number_of(name, value()));
         else if (name == "--onnxruntime") arguments.options.onnxruntime = value();
         else if (name == "--unadapted") arguments.adapted = false;

@@ -15,6 +15,7 @@ extern "C" {
 enum { LORAFUSE_OK = 0, LORAFUSE_REFUSED = 3 };
 
 typedef enum { LORAFUSE_DEDICATED = 0, LORAFUSE_RESIDENT = 1 } lorafuse_mode;
+typedef enum { LORAFUSE_ONNXRUNTIME = 0, LORAFUSE_TENSORRT = 1, LORAFUSE_TENSORRT_RTX = 2 } lorafuse_backend;
 
 typedef enum {
     LORAFUSE_FLOAT32,
@@ -35,6 +36,7 @@ typedef enum {
 /* As lorafuse::Options: zeros, and NULL for the library, are the defaults. */
 typedef struct {
     lorafuse_mode mode;
+    lorafuse_backend backend;
     int threads;
     uint64_t memory;
     const char* onnxruntime;

@@ -38,10 +38,6 @@ const TaskRecord& Bundle::task(const std::string& name) const {
         for (const auto& [task, _] : manifest_.tasks) known += (known.empty() ? "" : ", ") + task;
         throw Error(path_.string() + ": no task '" + name + "' in this bundle; it holds: " + (known.empty() ? "none" : known));
     }
-    if (found->second.factors) {
-        throw Error(path_.string() + ": task '" + name +
-                    "' is stored as factors, which the Python runtime merges and this one does not; add it with '--store dense'");
-    }
     return found->second;
 }
 
@@ -66,6 +62,12 @@ std::string Bundle::model(const TaskRecord& task) const {
 Weights Bundle::base_weights(const TaskRecord& task) const { return opened(manifest_.base_weights, task); }
 
 Weights Bundle::own_weights(const TaskRecord& task) const { return task.weights ? opened({*task.weights}, task) : Weights{}; }
+
+std::string Bundle::weights_sha256(const TaskRecord* task) const {
+    std::string told = manifest_.base_sha256 + " " + manifest_.precision;
+    if (task != nullptr) told += (task->weights ? " " + task->weights->sha256 : "") + " " + task->adapter_sha256;
+    return sha256(told.data(), told.size());
+}
 
 std::set<std::string> Bundle::own_names(const TaskRecord& task) const {
     std::set<std::string> names;

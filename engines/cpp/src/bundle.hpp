@@ -29,7 +29,7 @@ public:
     const std::filesystem::path& path() const { return path_; }
     const Manifest& manifest() const { return manifest_; }
 
-    // Throws Error listing the tasks there are, or naming a task that is stored as factors.
+    // Throws Error listing the tasks there are.
     const TaskRecord& task(const std::string& name) const;
     const Graph& graph(const TaskRecord& task) const { return manifest_.graphs.at(task.graph); }
 
@@ -41,6 +41,12 @@ public:
     Weights base_weights(const TaskRecord& task) const;
     Weights own_weights(const TaskRecord& task) const;
 
+    // What an engine's weights are told by: the base, and what the task adds (none: nothing).
+    std::string weights_sha256(const TaskRecord* task) const;
+
+    // The file's path, after its size and SHA-256 were compared. Throws Error when they differ or it is missing.
+    std::filesystem::path checked(const File& file) const;
+
     // The names of `own_weights`, from the file's header alone: nothing is hashed, for no value is read.
     std::set<std::string> own_names(const TaskRecord& task) const;
 
@@ -48,7 +54,6 @@ private:
     using State = std::tuple<ino_t, off_t, time_t, long>;
 
     std::filesystem::path present(const File& file) const;
-    std::filesystem::path checked(const File& file) const;
     Weights opened(const std::vector<File>& files, const TaskRecord& task) const;
     std::shared_ptr<const TensorFile> mapped(const File& file) const;
 

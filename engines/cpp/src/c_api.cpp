@@ -47,8 +47,13 @@ lorafuse::Options options_of(const lorafuse_options* options) {
         throw lorafuse::Error("mode " + std::to_string(options->mode) +
                               " is not known; expected LORAFUSE_DEDICATED or LORAFUSE_RESIDENT");
     }
+    if (options->backend < LORAFUSE_ONNXRUNTIME || options->backend > LORAFUSE_TENSORRT_RTX) {
+        throw lorafuse::Error("backend " + std::to_string(options->backend) +
+                              " is not known; expected LORAFUSE_ONNXRUNTIME, LORAFUSE_TENSORRT or LORAFUSE_TENSORRT_RTX");
+    }
     const auto mode = options->mode == LORAFUSE_RESIDENT ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
-    return {mode, options->threads, options->memory, options->onnxruntime == nullptr ? "" : options->onnxruntime};
+    const auto backend = static_cast<lorafuse::Backend>(options->backend);
+    return {mode, backend, options->threads, options->memory, options->onnxruntime == nullptr ? "" : options->onnxruntime};
 }
 
 lorafuse::Inputs inputs_of(const lorafuse_tensor* tensors, size_t count) {

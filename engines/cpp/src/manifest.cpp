@@ -62,18 +62,24 @@ std::string key_of(const std::string& name, const JsonReader& order) {
     return name + "@" + axes;
 }
 
-void check_engine(const JsonReader& json, Files& files) {
+EngineRecord engine_of(const JsonReader& json, Files& files) {
     json.check_fields({"backend", "version", "target", "model_sha256", "weights_sha256"}, {"file", "mode", "refittable", "proven"});
-    for (const char* field : {"backend", "version", "target", "model_sha256", "weights_sha256"}) json.at(field).text();
-    if (json.has("file") && !json.at("file").is_null()) file_of(json.at("file").or_null(), files);
-    if (json.has("mode")) json.at("mode").one_of({"rebuild", "refit", "stripped"});
+    const auto text = [&](const char* field) { return json.at(field).text(); };
+    EngineRecord engine{text("backend"),        text("version"), text("target"), text("model_sha256"),
+                        text("weights_sha256"), "rebuild",       std::nullopt};
+    if (json.has("file") && !json.at("file").is_null()) engine.file = file_of(json.at("file").or_null(), files);
+    if (json.has("mode")) engine.mode = json.at("mode").one_of({"rebuild", "refit", "stripped"});
     if (json.has("refittable")) texts_of(json.at("refittable"));
     if (json.has("proven")) json.at("proven").each([](const std::string&, const JsonReader& hash) { hash.text(); });
+    return engine;
 }
 
-void check_engines(const JsonReader& owner, Files& files) {
-    if (!owner.has("engines")) return;
-    owner.at("engines").each([&](const std::string&, const JsonReader& engine) { check_engine(engine, files); });
+Engines engines_of(const JsonReader& owner, Files& files) {
+    Engines engines;
+    if (!owner.has("engines")) return engines;
+    owner.at("engines").each(
+        [&](const std::string& backend, const JsonReader& engine) { engines.emplace(backend, engine_of(engine, files)); });
+    return engines;
 }
 
 Graph graph_of(const JsonReader& json, Files& files) {
@@ -83,36 +89,38 @@ Graph graph_of(const JsonReader& json, Files& files) {
     head.at("task_type").text(), head.at("outputs").number();
     if (head.has("tied")) head.at("tied").boolean();
     ports_of(json.at("outputs"));
-    Graph graph{ports_of(json.at("inputs")), {}};
+    Graph graph{ports_of(json.at("inputs")), {}, {}};
     json.at("weights").each([&](const std::string& name, const JsonReader& order) { graph.weights[name] = key_of(name, order); });
-    check_engines(json, files);
+    graph.engines = engines_of(json, files);
     return graph;
 }
 
 TaskRecord task_of(const std::string& name, const JsonReader& json, Files& files) {
     json.check_fields({"graph", "model", "weights", "store", "adapter", "adapter_sha256", "labels"}, {"engines"});
-    TaskRecord task{name, json.at("graph").text(), file_of(json.at("model"), files), std::nullopt, false, {}};
+    TaskRecord task{name, json.at("graph").text(), file_of(json.at("model"), files), std::nullopt, false, {}, {}, {}};
     if (!json.at("weights").is_null()) task.weights = file_of(json.at("weights").or_null(), files);
     const bool stored_as_factors = json.at("store").one_of({"dense", "factors"}) == "factors";
     task.factors = stored_as_factors && !files_of(json.at("adapter"), files).empty();
     if (!stored_as_factors) files_of(json.at("adapter"), files);
-    json.at("adapter_sha256").text();
+    task.adapter_sha256 = json.at("adapter_sha256").text();
     task.labels = texts_of(json.at("labels"));
-    check_engines(json, files);
+    task.engines = engines_of(json, files);
     return task;
 }
 
-std::vector<File> base_of(const JsonReader& json, Files& files) {
+void read_base(const JsonReader& json, Files& files, Manifest& manifest) {
     json.check_fields({"sha256", "precision", "longest", "vocabulary", "weights", "files"});
-    json.at("sha256").text(), json.at("longest").number(), json.at("vocabulary").number();
-    json.at("precision").one_of({"float32", "float16", "bfloat16"});
+    manifest.base_sha256 = json.at("sha256").text();
+    json.at("longest").number(), json.at("vocabulary").number();
+    manifest.precision = json.at("precision").one_of({"float32", "float16", "bfloat16"});
     files_of(json.at("files"), files);
-    return files_of(json.at("weights"), files);
+    manifest.base_weights = files_of(json.at("weights"), files);
 }
 
 Manifest manifest_of(const JsonReader& json, Files& files) {
     json.check_fields({"schema", "base", "graphs", "tasks", "versions"}, {"timing_caches"});
-    Manifest manifest{base_of(json.at("base"), files), {}, {}};
+    Manifest manifest;
+    read_base(json.at("base"), files, manifest);
     json.at("graphs").each(
         [&](const std::string& name, const JsonReader& graph) { manifest.graphs[name] = graph_of(graph, files); });
     json.at("tasks").each(

@@ -28,9 +28,18 @@ struct PortRecord {
     std::vector<std::variant<std::int64_t, std::string>> shape;
 };
 
+// A built engine: of which backend and version, for which devices, from which graph and weights.
+struct EngineRecord {
+    std::string backend, version, target, model_sha256, weights_sha256, mode;
+    std::optional<File> file;
+};
+
+using Engines = std::map<std::string, EngineRecord>;  // by backend
+
 struct Graph {
     std::vector<PortRecord> inputs;
     std::map<std::string, std::string> weights;  // each parameter's name, and its key in a weights file
+    Engines engines;                             // of the unadapted model
 };
 
 struct TaskRecord {
@@ -39,10 +48,13 @@ struct TaskRecord {
     File model;
     std::optional<File> weights;
     bool factors;  // merged when it is loaded
+    std::string adapter_sha256;
     std::vector<std::string> labels;
+    Engines engines;
 };
 
 struct Manifest {
+    std::string base_sha256, precision;  // of the checkpoint, and what the graphs compute in
     std::vector<File> base_weights;
     std::map<std::string, Graph> graphs;
     std::map<std::string, TaskRecord> tasks;

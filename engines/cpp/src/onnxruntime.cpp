@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "dtype.hpp"
@@ -20,23 +19,6 @@ Handle<T> owned(T* value, void (*release)(T*)) {
 }
 
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
-// As Python shows a list of strings.
-template <typename Names>
-std::string listed(const Names& names) {
-    std::string text;
-    for (const auto& [name, _] : names) text += (text.empty() ? "'" : ", '") + name + "'";
-    return "[" + text + "]";
-}
-
-// ONNX Runtime reads what the shape says, and does not mind more: an input that was built wrong would be cut.
-void check_size(const std::string& name, const TensorView& tensor) {
-    const std::optional<std::uint64_t> bytes = bytes_of(tensor.shape, tensor.dtype);
-    if (bytes && *bytes != tensor.bytes) {
-        throw Error("input '" + name + "' has " + std::to_string(tensor.bytes) + " bytes; its shape takes " +
-                    std::to_string(*bytes));
-    }
-}
 
 }  // namespace
 
@@ -151,7 +133,7 @@ void Session::read_ports() {
     for (const std::string& name : outputs_) output_names_.push_back(name.c_str());
 }
 
-Session::Takes Session::taken_at(std::size_t index) const {
+Takes Session::taken_at(std::size_t index) const {
     const OrtApi& api = environment_->api();
     OrtTypeInfo* type = nullptr;
     environment_->check(api.SessionGetInputTypeInfo(session_.get(), index, &type));
@@ -176,7 +158,7 @@ TensorView Session::described_by(const OrtTensorTypeAndShapeInfo* info) const {
 }
 
 Outputs Session::run(const Inputs& inputs, const Bound& bound) const {
-    for (const auto& [name, tensor] : inputs) check_size(name, tensor);
+    check_sizes(inputs);
     std::vector<const char*> names;
     std::vector<const OrtValue*> values;
     std::vector<Handle<OrtValue>> given;
@@ -194,7 +176,8 @@ Outputs Session::run(const Inputs& inputs, const Bound& bound) const {
         environment_->check(environment_->api().Run(session_.get(), nullptr, names.data(), values.data(), names.size(),
                                                     output_names_.data(), output_names_.size(), found.data()));
     } catch (const Error& error) {
-        throw refusal(inputs, error.what());
+        // The inputs are looked at only when ONNX Runtime has refused them.
+        throw Error(misfit(inputs, inputs_).value_or("ONNX Runtime can't run these inputs (" + std::string(error.what()) + ")"));
     }
     std::vector<Handle<OrtValue>> made;
     for (OrtValue* value : found) made.push_back(owned(value, environment_->api().ReleaseValue));
@@ -217,25 +200,6 @@ Tensor Session::tensor_of(Handle<OrtValue> value) const {
     const auto release = [environment = environment_](OrtValue* held) { environment->api().ReleaseValue(held); };
     return Tensor(std::move(content),
                   std::shared_ptr<void>(value.release(), [release](void* held) { release(static_cast<OrtValue*>(held)); }));
-}
-
-// The inputs are looked at only when ONNX Runtime has refused them.
-Error Session::refusal(const Inputs& inputs, const std::string& reason) const {
-    const auto same_name = [](const auto& one, const auto& two) { return one.first == two.first; };
-    if (inputs.size() != inputs_.size() || !std::equal(inputs.begin(), inputs.end(), inputs_.begin(), same_name)) {
-        return Error("inputs " + listed(inputs) + " given; this engine takes exactly " + listed(inputs_));
-    }
-    const auto described = [](DType dtype, std::size_t rank) {
-        return std::string(name_of(dtype)) + " of rank " + std::to_string(rank);
-    };
-    for (const auto& [name, takes] : inputs_) {
-        const TensorView& given = inputs.at(name);
-        if (given.dtype != takes.dtype || given.shape.size() != takes.rank) {
-            return Error("input '" + name + "' is " + described(given.dtype, given.shape.size()) + "; expected " +
-                         described(takes.dtype, takes.rank));
-        }
-    }
-    return Error("ONNX Runtime can't run these inputs (" + reason + ")");
 }
 
 }  // namespace lorafuse

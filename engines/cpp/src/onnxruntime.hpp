@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "inputs.hpp"
 #include "lorafuse/runtime.hpp"
 #include "onnxruntime_api.hpp"
 
@@ -77,17 +78,11 @@ public:
     OrtSession* handle() const { return session_.get(); }
 
 private:
-    struct Takes {
-        DType dtype;
-        std::size_t rank;
-    };
-
     void open(const Model& model, int threads, const Tensors& shared);
     void read_ports();
     Takes taken_at(std::size_t index) const;
     TensorView described_by(const OrtTensorTypeAndShapeInfo* info) const;  // dtype and shape
     Tensor tensor_of(Handle<OrtValue> value) const;
-    Error refusal(const Inputs& inputs, const std::string& reason) const;
 
     std::shared_ptr<const Environment> environment_;
     std::vector<Handle<OrtValue>> initializers_;  // the session reads them where they are

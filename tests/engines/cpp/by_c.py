@@ -13,7 +13,7 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float64": 3, "int64": 4, "
 
 
 class Options(ctypes.Structure):
-    _fields_ = [("mode", ctypes.c_int), ("threads", ctypes.c_int), ("memory", ctypes.c_uint64), ("onnxruntime", ctypes.c_char_p)]
+    _fields_ = [("mode", ctypes.c_int), ("backend", ctypes.c_int), ("threads", ctypes.c_int), ("memory", ctypes.c_uint64), ("onnxruntime", ctypes.c_char_p)]
 
 
 class Tensor(ctypes.Structure):
@@ -40,7 +40,7 @@ def main(library: str, bundle: str, mode: int, memory: int) -> None:
         getattr(api, name).argtypes = [ctypes.c_void_p]
     api.lorafuse_output.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     runtime = ctypes.c_void_p()
-    options = Options(mode, 1, memory, None)
+    options = Options(mode, 0, 1, memory, None)
     if api.lorafuse_open(bundle.encode(), ctypes.byref(options), ctypes.byref(runtime)):
         print(json.dumps({"error": api.lorafuse_error().decode()}))
         return

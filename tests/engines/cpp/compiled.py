@@ -22,10 +22,11 @@ def run(*command: str | Path, status: int = 0, text: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Built:
-    """The runtime, compiled: the shared library as a user builds it, and programs under AddressSanitizer and UBSan."""
+    """The runtime, compiled: the shared library as a user builds it, programs under AddressSanitizer and UBSan, and one with TensorRT."""
 
     shared: Path
     sanitized: Path
+    tensorrt: Path
 
     def ask(self, *arguments: str | Path, status: int = 0) -> str:
         """The example program, under the sanitizers."""
@@ -33,6 +34,25 @@ class Built:
 
     def probe(self, *arguments: str | Path) -> str:
         return run(self.sanitized / "probe", *arguments)
+
+
+def tensorrt_root(folder: Path) -> tuple[str, str]:
+    """Options for a build with TensorRT: the RTX wheel's library with the declarations of this folder, and CUDA's own wheels."""
+    tensorrt = distribution("tensorrt-rtx-cu12-libs").locate_file("tensorrt_rtx_libs/libtensorrt_rtx.so.1")
+    cuda = distribution("nvidia-cuda-runtime").locate_file("nvidia/cu13")
+    cudart = cuda / "lib" / "libcudart.so.13"
+    for link, target in {
+        "tensorrt/include": HERE / "declared",
+        "tensorrt/lib/libtensorrt_rtx.so": tensorrt,
+        "tensorrt/lib/libtensorrt_rtx.so.1": tensorrt,
+        "cuda/include": cuda / "include",
+        "cuda/lib64/libcudart.so": cudart,
+        "cuda/lib64/libcudart.so.13": cudart,
+    }.items():
+        (folder / link).parent.mkdir(parents=True, exist_ok=True)
+        if not (folder / link).is_symlink():
+            (folder / link).symlink_to(str(target))
+    return f"-DTENSORRT_ROOT={folder / 'tensorrt'}", f"-DCUDA_ROOT={folder / 'cuda'}"
 
 
 def configured(folder: Path, *options: str) -> Path:

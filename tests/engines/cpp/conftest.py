@@ -9,7 +9,7 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from compiled import HERE, Built, configured
+from compiled import HERE, Built, configured, tensorrt_root
 
 
 @pytest.fixture(scope="session")
@@ -23,4 +23,5 @@ def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Built:
     with FileLock(f"{folder}.lock"):
         shared = configured(folder / "shared", "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", f"-DCMAKE_INSTALL_PREFIX={folder / 'installed'}")
         sanitized = configured(folder / "sanitized", "-DCMAKE_CXX_FLAGS=-Werror -O1 -g1", "-DLORAFUSE_SANITIZE=address,undefined", f"-DLORAFUSE_TESTS={HERE}")
-    return Built(shared, sanitized)
+        tensorrt = configured(folder / "tensorrt", *tensorrt_root(folder / "roots"))
+    return Built(shared, sanitized, tensorrt)

@@ -9,6 +9,7 @@
 #include "bundle.hpp"
 #include "lorafuse/runtime.hpp"
 #include "mapped_file.hpp"
+#include "plan.hpp"
 #include "safetensors.hpp"
 #include "sha256.hpp"
 
@@ -41,6 +42,17 @@ void opened(const std::string& path) {
     try {
         const lorafuse::Bundle bundle(path);
         std::cout << "whole\n";
+    } catch (const lorafuse::Error& error) {
+        std::cout << error.what() << '\n';
+    }
+}
+
+// The plan that a library of this version would load of the task on a device of this capability.
+void plan(const std::string& path, const std::string& task, bool adapted, const std::string& version, int major, int minor) {
+    const lorafuse::Bundle bundle(path);
+    const auto device = [&] { return lorafuse::Device{"A GPU", major, minor}; };
+    try {
+        std::cout << lorafuse::plan_of(bundle, bundle.task(task), adapted, {"tensorrt-rtx", version, device}).string() << '\n';
     } catch (const lorafuse::Error& error) {
         std::cout << error.what() << '\n';
     }
@@ -109,7 +121,12 @@ int main(int count, char** values) {
             std::for_each(values + 2, values + count, part->second);
             return 0;
         }
-        if (count != 5) throw lorafuse::Error("usage: probe sha256|tensors|bundles PATH ... | threads|outlive BUNDLE MODE BYTES");
+        if (what == "plan" && count == 8) {
+            plan(values[2], values[3], std::string(values[4]) == "adapted", values[5], std::stoi(values[6]), std::stoi(values[7]));
+            return 0;
+        }
+        if (count != 5)
+            throw lorafuse::Error("usage: probe sha256|tensors|bundles PATH ... | threads|outlive BUNDLE MODE BYTES | plan ...");
         lorafuse::Options options;
         options.mode = std::string(values[3]) == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
         options.memory = std::stoull(values[4]);

@@ -1,4 +1,4 @@
-// The tasks of a bundle in one process, on ONNX Runtime's CPU provider. C++17; docs/cpp.md has a whole program.
+// The tasks of a bundle in one process, on ONNX Runtime's CPU provider or TensorRT. C++17; docs/cpp.md has a whole program.
 //
 //     lorafuse::Runtime runtime("bundle");
 //     std::vector<std::int64_t> ids{101, 2307, 3185, 102}, mask(4, 1), types(4, 0);
@@ -71,7 +71,7 @@ TensorView view(const std::vector<T>& values, std::vector<std::int64_t> shape) {
 template <typename T>
 TensorView view(const std::vector<T>&& values, std::vector<std::int64_t> shape) = delete;
 
-// An output. It owns its memory, which ONNX Runtime wrote, and may outlive the runtime.
+// An output. It owns its memory, which the backend wrote, and may outlive the runtime.
 class Tensor {
 public:
     Tensor(TensorView content, std::shared_ptr<void> owner) : content_(std::move(content)), owner_(std::move(owner)) {}
@@ -111,15 +111,23 @@ struct Port {
 // each run what it costs that those weights are not prepacked.
 enum class Mode { dedicated, resident };
 
+// onnxruntime: a task's ONNX graph, on ONNX Runtime's CPU provider.
+// tensorrt, tensorrt_rtx: the plan that `lorafuse build` made of the task; of the two, the one that this library was built with
+// (TENSORRT_ROOT), and in dedicated mode. The runs of a task take turns.
+enum class Backend { onnxruntime, tensorrt, tensorrt_rtx };
+
 struct Options {
     Mode mode = Mode::dedicated;
+    Backend backend = Backend::onnxruntime;
     // Threads of ONNX Runtime; 0: every core. A bounded session does not spin while it waits.
     int threads = 0;
-    // Bytes of weights that tasks may hold beside the base; 0: no bound. The longest unused task is given up first.
+    // Bytes of weights that tasks may hold beside the base, of plans all; 0: no bound. The longest unused task is given up first.
     std::uint64_t memory = 0;
     // ONNX Runtime's library, by name or path; empty: the one that this library was built for.
     std::string onnxruntime;
 };
+
+class Loaded;
 
 // A task that is loaded, and stays so for as long as this object lives, even where the runtime's ends before.
 class LORAFUSE_API Task {
@@ -128,17 +136,16 @@ public:
 
 private:
     friend class Runtime;
-    struct State;
-    Task(std::shared_ptr<const void> runtime, std::shared_ptr<const State> state)
-        : runtime_(std::move(runtime)), state_(std::move(state)) {}
+    Task(std::shared_ptr<const void> runtime, std::shared_ptr<const Loaded> loaded)
+        : runtime_(std::move(runtime)), loaded_(std::move(loaded)) {}
     std::shared_ptr<const void> runtime_;  // given back last
-    std::shared_ptr<const State> state_;
+    std::shared_ptr<const Loaded> loaded_;
 };
 
 // Every method may be called from any thread. A task is loaded when it is first asked for.
 class LORAFUSE_API Runtime {
 public:
-    // Throws Error when there is no bundle, its manifest is damaged, or ONNX Runtime can't be loaded.
+    // Throws Error when there is no bundle, its manifest is damaged, or the backend's library can't be used.
     explicit Runtime(const std::filesystem::path& bundle, const Options& options = {});
     ~Runtime();
     Runtime(Runtime&&) noexcept;

@@ -1,0 +1,37 @@
+// What a backend is to the runtime: it loads tasks, and a loaded task answers.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "bundle.hpp"
+
+namespace lorafuse {
+
+// A task that is loaded. It may be asked from any thread.
+class Loaded {
+public:
+    virtual ~Loaded() = default;
+    virtual Outputs run(const Inputs& inputs) const = 0;
+};
+
+// The bundle that it is made of must outlive it. Every method may be called from any thread.
+class Loader {
+public:
+    virtual ~Loader() = default;
+
+    // Whether the backend takes tasks that are stored as this one is.
+    virtual bool takes(const TaskRecord& task) const = 0;
+
+    // Throws Error when the task can't be loaded. Without `adapted`, the base under the task's head.
+    virtual std::shared_ptr<const Loaded> load(const TaskRecord& task, bool adapted) = 0;
+
+    // The bytes of weights that the task holds beside the base.
+    virtual std::uint64_t cost(const TaskRecord& task, bool adapted) const = 0;
+};
+
+// Each throws Error when its library can't be used, or not as the options say.
+std::unique_ptr<Loader> onnxruntime_loader(const Bundle& bundle, const Options& options);
+std::unique_ptr<Loader> tensorrt_loader(const Bundle& bundle, const Options& options);
+
+}  // namespace lorafuse

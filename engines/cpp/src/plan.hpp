@@ -1,0 +1,34 @@
+// The plan that was built for a task, and whether it may be used here.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+
+#include "bundle.hpp"
+
+namespace lorafuse {
+
+// A CUDA device, with its compute capability.
+struct Device {
+    std::string name;
+    int major, minor;
+};
+
+// A library that runs plans: the backend's name and version, and its device, which throws Error where there is none.
+struct Library {
+    std::string backend, version;
+    std::function<Device()> device;
+};
+
+// Whether a plan for `target` runs on a device of this capability: "portable", "8.0+", "8.9" or "8.6, 8.9".
+bool runs_on(const std::string& target, int major, int minor);
+
+// The bytes of the task's own plan, or without `adapted` of the unadapted graph's. Throws Error where there is none.
+std::uint64_t plan_size(const Bundle& bundle, const TaskRecord& task, bool adapted, const std::string& backend);
+
+// The plan's path. Throws Error when it is damaged, of an earlier export, of another version, or for another device.
+std::filesystem::path plan_of(const Bundle& bundle, const TaskRecord& task, bool adapted, const Library& library);
+
+}  // namespace lorafuse

@@ -1,0 +1,196 @@
+"""The C++ runtime with TensorRT, linked with the real library: which plan it takes, and by which words it refuses one; running needs a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from compiled import Built, configured, run
+
+import engines
+from engines.backends import BuildOptions
+from engines.backends.tensorrt.target import runs_on
+from engines.build import build, build_unadapted
+from engines.runtime import own_plan
+from exporter.bundle.manifest import Bundle, Engine, encode, open_bundle
+from lora.errors import LorafuseError
+
+RTX = "tensorrt-rtx"
+IDS = (101, 2307, 3185, 2003, 102)
+
+
+def ask(folder: Path, bundle: Path, *arguments: str, task: str = "first", status: int = 3) -> str:
+    command = (folder / "lorafuse-ask", bundle, "--task", task, "--ids", ",".join(map(str, IDS)), "--backend", RTX)
+    return run(*command, *arguments, status=status).removeprefix("lorafuse-ask: ")
+
+
+@dataclass(frozen=True)
+class Library:
+    """As much of a backend as a plan asks for: a version, and a device."""
+
+    at: str
+    major: int
+    minor: int
+
+    def version(self) -> str:
+        return self.at
+
+    def runs(self, target: str) -> str | None:
+        fits = runs_on(target, (self.major, self.minor))
+        return None if fits else f"it was built for {target}, and this is an A GPU ({self.major}.{self.minor})"
+
+
+def in_python(bundle: Bundle, library: Library) -> str:
+    try:
+        return str(own_plan(bundle, "first", bundle.task("first").engines[RTX], library))  # type: ignore[arg-type]  # no builder
+    except LorafuseError as error:
+        return str(error)
+
+
+def in_cpp(built: Built, bundle: Bundle, library: Library, adapted: str = "adapted") -> str:
+    return built.probe("plan", bundle.path, "first", adapted, library.at, str(library.major), str(library.minor)).rstrip("\n")
+
+
+def recorded(path: Path, **changes: Any) -> Bundle:
+    """The bundle whose manifest says something else of the engine."""
+    manifest = open_bundle(path).manifest
+    record = manifest.tasks["first"]
+    engine: Engine = msgspec.structs.replace(record.engines[RTX], **changes)
+    manifest.tasks["first"] = msgspec.structs.replace(record, engines={RTX: engine})
+    (path / "manifest.json").write_bytes(encode(manifest))
+    return open_bundle(path)
+
+
+def this_version(bundle: Bundle) -> str:
+    return bundle.task("first").engines[RTX].version
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+STALE: dict[str, dict[str, Any]] = {
+    "another graph": {"model_sha256": "0" * 64},
+    "other weights": {"weights_sha256": "0" * 64},
+    "another version": {"version": "0.9"},
+    "no plan": {"file": None},
+}
+
+
+@pytest.mark.parametrize("changes", STALE.values(), ids=STALE)
+def test_an_engine_that_is_stale_is_refused_in_the_same_words(built: Built, rtx_copy: Path, changes: dict[str, Any]):
+    bundle = recorded(rtx_copy, **changes)
+    library = Library(this_version(open_bundle(rtx_copy)) if "version" not in changes else "1.7", 8, 9)
+    assert in_cpp(built, bundle, library) == in_python(bundle, library)
+    assert "can't be used: " in in_python(bundle, library)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["flipped", "missing"])
+def test_a_plan_that_is_damaged_is_refused_in_the_same_words(built: Built, rtx_copy: Path, damage: Callable[[Path], object]):
+    (plan,) = (rtx_copy / "engines").iterdir()
+    damage(plan)
+    bundle = open_bundle(rtx_copy)
+    said = in_cpp(built, bundle, Library(this_version(bundle), 8, 9))
+    assert said == in_python(bundle, Library(this_version(bundle), 8, 9))
+    assert said.startswith(f"{plan}: ")
+
+
+@pytest.mark.parametrize("target", ["portable", "8.0+", "8.9", "8.6, 8.9", "", "8.9,8.6"])
+def test_a_device_takes_the_same_targets(built: Built, rtx_copy: Path, target: str):
+    bundle = recorded(rtx_copy, target=target)
+    for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (18, 9), (8, 90)):
+        library = Library(this_version(bundle), *capability)
+        assert in_cpp(built, bundle, library) == in_python(bundle, library)
+
+
+def test_a_path_that_a_shell_would_read_is_quoted_in_the_same_way(built: Built, rtx_copy: Path, tmp_path: Path):
+    odd = rtx_copy.rename(tmp_path / "it's a $bundle")
+    bundle = recorded(odd, version="0.9")
+    assert in_cpp(built, bundle, Library("1.7", 8, 9)) == in_python(bundle, Library("1.7", 8, 9))
+
+
+def test_the_bases_engine_is_its_graphs(built: Built, tiny_copy: Path):
+    library = Library("1.7", 8, 9)
+    missing = in_cpp(built, open_bundle(tiny_copy), library, "unadapted")
+    command = f"'lorafuse build {tiny_copy} --task first --backend {RTX} --unadapted'"
+    assert missing == f"{tiny_copy}: the base under task 'first' has no {RTX} engine; run {command}"
+    build_unadapted(tiny_copy, "first", RTX, BuildOptions(("8.9",)))
+    bundle = open_bundle(tiny_copy)
+    engine = bundle.graph(bundle.task("first")).engines[RTX]
+    assert engine.file is not None
+    assert in_cpp(built, bundle, Library(engine.version, 8, 9), "unadapted") == str(tiny_copy / engine.file.path)
+    assert in_cpp(built, bundle, Library(engine.version, 8, 9)).startswith(f"{tiny_copy}: task 'first' has no {RTX} engine; run ")
+    for changes, reason in (({"weights_sha256": "0"}, "it was built from another base"), ({"mode": "stripped"}, "its weights are put in at load")):
+        graph = msgspec.structs.replace(bundle.graph(bundle.task("first")), engines={RTX: msgspec.structs.replace(engine, **changes)})
+        manifest = msgspec.structs.replace(bundle.manifest, graphs={bundle.task("first").graph: graph})
+        (tiny_copy / "manifest.json").write_bytes(encode(manifest))
+        said = in_cpp(built, bundle, Library(engine.version, 8, 9), "unadapted")
+        assert said.startswith(f"{tiny_copy}: the {RTX} engine of the base under 'first' can't be used: {reason}")
+
+
+@pytest.mark.usefixtures("no_device")
+def test_the_real_library_is_asked_for_its_version_and_then_for_a_device(built: Built, rtx_copy: Path):
+    with pytest.raises(LorafuseError) as refused:
+        engines.load(rtx_copy, "first", RTX)
+    assert ask(built.tensorrt, rtx_copy) == f"{refused.value}\n"
+    assert "(CUDA error 35: " in str(refused.value)
+    recorded(rtx_copy, version="0.9")
+    with pytest.raises(LorafuseError) as refused:
+        engines.load(rtx_copy, "first", RTX)
+    assert ask(built.tensorrt, rtx_copy) == f"{refused.value}\n"
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_task_stored_as_factors_has_a_plan_too(built: Built, stored_both_ways: Path):
+    assert "no NVIDIA driver" not in ask(built.tensorrt, stored_both_ways, task="factors")
+    build(stored_both_ways, "factors", RTX, BuildOptions(("8.9",)))
+    assert ask(built.tensorrt, stored_both_ways, task="factors").startswith("no NVIDIA driver on this machine")
+
+
+def test_a_task_without_an_engine_gives_the_command_that_builds_it(built: Built, tiny_copy: Path):
+    with pytest.raises(LorafuseError) as refused:
+        engines.load(tiny_copy, "first", RTX)
+    assert ask(built.tensorrt, tiny_copy) == f"{refused.value}\n"
+
+
+def test_a_plan_counts_as_a_whole(built: Built, rtx_copy: Path):
+    (plan,) = (rtx_copy / "engines").iterdir()
+    said = ask(built.tensorrt, rtx_copy, "--memory", "100")
+    assert said == f"{plan.stat().st_size} bytes of weights are needed at once, and the memory budget is 100; raise it\n"
+
+
+def test_what_a_build_can_not_do_is_refused(built: Built, tiny_copy: Path):
+    assert ask(built.shared, tiny_copy) == "this library was built without TensorRT; build it with TENSORRT_ROOT, as docs/cpp.md says\n"
+    assert ask(built.tensorrt, tiny_copy, "--backend", "tensorrt") == "this library was built with tensorrt-rtx, not with tensorrt\n"
+    assert ask(built.tensorrt, tiny_copy, "--mode", "resident") == "TensorRT's plans are each a task's own; choose Mode::dedicated\n"
+    assert ask(built.tensorrt, tiny_copy, "--backend", "both") == "backend 'both' is not known; expected onnxruntime, tensorrt or tensorrt-rtx\n"
+
+
+def test_a_build_with_tensorrt_still_runs_on_onnx_runtime(built: Built, tiny_copy: Path):
+    said = [run(folder / "lorafuse-ask", tiny_copy, "--task", "first", "--ids", "101,7,102", "--raw") for folder in (built.shared, built.tensorrt)]
+    assert said[0] == said[1] != ""
+
+
+@pytest.mark.gpu
+def test_a_device_answers_as_in_python(tiny_copy: Path, tmp_path: Path):
+    """With NVIDIA's own headers: TENSORRT_ROOT, and CUDA_ROOT where it is not /usr/local/cuda."""
+    root = os.environ.get("TENSORRT_ROOT")
+    if root is None or not any(Path(root, "include").rglob("NvInferRuntime.h")):
+        pytest.skip("TENSORRT_ROOT names no release of TensorRT with its headers")
+    folder = configured(tmp_path / "build", f"-DTENSORRT_ROOT={root}", f"-DCUDA_ROOT={os.environ.get('CUDA_ROOT', '/usr/local/cuda')}")
+    flavour: Any = "tensorrt-rtx" if any(Path(root, "lib").glob("*tensorrt_rtx*")) else "tensorrt"
+    build(tiny_copy, "first", flavour, BuildOptions())
+    row = np.array([IDS], np.int64)
+    inputs = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
+    with engines.load(tiny_copy, "first", flavour) as session:
+        wanted = session.run(inputs)["logits"]
+    said = ask(folder, tiny_copy, "--backend", flavour, "--raw", status=0)
+    assert said == f"logits {wanted.tobytes().hex()}\n"
