@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 from engines.backends import Backend, BackendName, Model, backend
 from engines.backends.tensorrt.layers import LayerDifference, layer_differences, layers_of
-from engines.runtime import own_plan, unadapted_plan
+from engines.runtime import both_plans
 from exporter.bundle.manifest import Bundle
-from lora.errors import EngineError
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,8 @@ def compared(bundle: Bundle, task: str, name: BackendName) -> Compared:
 
     Raises EngineError when one of them was not built or can't be used, NoDeviceError without a device.
     """
-    record = bundle.task(task)
-    own, base = record.engines.get(name), bundle.graph(record).engines.get(name)
-    if own is None or base is None:
-        missing = f"task '{task}' has no {name} engine" if own is None else f"the unadapted base of task '{task}' has no {name} engine"
-        raise EngineError(f"{bundle.path}: {missing}; run 'lorafuse build {quote(str(bundle.path))} --task {task} --backend {name} --unadapted'")
     chosen = backend(name)
-    ours, bases = own_plan(bundle, task, own, chosen), unadapted_plan(bundle, task, base, chosen)
+    ours, bases = both_plans(bundle, task, name, chosen)
     said = _layers(bundle, chosen, ours)
     return Compared(len(layers_of(said)), tuple(layer_differences(said, _layers(bundle, chosen, bases))), ours.stat().st_size, bases.stat().st_size)
 

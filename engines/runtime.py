@@ -78,6 +78,16 @@ def unadapted_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -
     return _plan(bundle, task, engine, chosen)
 
 
+def both_plans(bundle: Bundle, task: str, name: BackendName, chosen: Backend) -> tuple[Path, Path]:
+    """The plans of the task's own engine and of the unadapted one under it. Raises EngineError naming the command where one was not built."""
+    record = bundle.task(task)
+    own, base = record.engines.get(name), bundle.graph(record).engines.get(name)
+    if own is None or base is None:
+        missing = f"task '{task}' has no {name} engine" if own is None else f"the unadapted base of task '{task}' has no {name} engine"
+        raise EngineError(f"{bundle.path}: {missing}; run '{_build_command(bundle, task, name)} --unadapted'")
+    return own_plan(bundle, task, own, chosen), unadapted_plan(bundle, task, base, chosen)
+
+
 def _plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
     if engine.file is None:
         raise _refused(bundle, task, engine, "the manifest names no plan")

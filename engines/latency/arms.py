@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from engines.backends import Model, Session, backend
+from engines.backends import Model
 from engines.latency.harness import Arm
+from engines.latency.openers import Open, Opener
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
-from engines.runtime import task_model
 from exporter.bundle.manifest import Bundle
 from lora.errors import EngineError, ExportError
 from lora.tensorfile import Array
@@ -26,18 +25,23 @@ RESERVED = frozenset({BASE, AGAIN, MERGED, UNMERGED, *EXTRAS})
 
 @dataclass(frozen=True)
 class Arms:
-    """The arms in order, the base first; the digests of their graphs; and those that can't be had, with the reason."""
+    """The arms in order, the base first; the digests of their graphs; and those that can't be had, with the reason.
+
+    ``backend`` is what runs them and its version; ``on_device`` says whether its sessions tell what a run takes on a device.
+    """
 
     arms: tuple[Arm, ...]
     digests: dict[str, str]
     left_out: dict[str, str]
+    backend: str
+    on_device: bool
 
 
-def arms_of(bundle: Bundle, task: str, threads: int, extras: Sequence[Extra] = (), brought: Mapping[str, Path] | None = None) -> Arms:
-    """Base, base again, merged and unmerged on ONNX Runtime, then ``extras``, then the ONNX files that were ``brought``, by name.
+def arms_of(bundle: Bundle, task: str, opener: Opener, extras: Sequence[Extra] = (), brought: Mapping[str, Path] | None = None) -> Arms:
+    """Base, base again, merged and unmerged as ``opener`` opens them, then ``extras``, then the files that were ``brought``, by name.
 
     A form that this task does not have (DoRA has no unmerged one) is left out. Raises EngineError naming a brought file that can't be
-    loaded, or has other inputs or outputs than the task; or a name that is another arm's.
+    loaded, or has other inputs or outputs than the task; or a name that is another arm's. NoDeviceError where the backend needs a device.
     """
     from exporter.arms import unadapted_graph
     from exporter.digest import graph_digest
@@ -45,53 +49,62 @@ def arms_of(bundle: Bundle, task: str, threads: int, extras: Sequence[Extra] = (
     for name in RESERVED & (brought or {}).keys():
         raise EngineError(f"arm '{name}': the name of an arm that is there anyway; choose another")
     unadapted = unadapted_graph(bundle, task)
-    arms: dict[str, Arm] = {}
-    digests: dict[str, str] = {}
+    base, merged = opener.pair(bundle, task, Model(unadapted.SerializeToString(), bundle.path))
+    arms = [Arm(BASE, base), Arm(AGAIN, base), Arm(MERGED, merged)]
+    digests = dict.fromkeys((BASE, AGAIN), graph_digest(unadapted)) | {MERGED: bundle.task(task).graph}
     left_out: dict[str, str] = {}
-
-    def add(name: str, graph: onnx.ModelProto, folder: Path, fed: Mapping[str, Array] | None = None) -> None:
-        content = graph.SerializeToString()
-        arms[name] = Arm(name, lambda: _open(Model(content, folder), threads, fed or {}))
-        digests[name] = graph_digest(graph)
-
-    add(BASE, unadapted, bundle.path)
-    add(AGAIN, unadapted, bundle.path)
-    merged = task_model(bundle, task)
-    arms[MERGED] = Arm(MERGED, lambda: backend("onnxruntime", threads).load(merged, None))
-    digests[MERGED] = bundle.task(task).graph
     for name in (UNMERGED, *extras):
         try:
-            add(name, *_form(bundle, task, name))
-        except ExportError as error:
+            graph, fed = _form(bundle, task, name)
+            arms.append(Arm(name, opener.graph(bundle, task, name, Model(graph.SerializeToString(), bundle.path), fed)))
+            digests[name] = graph_digest(graph)
+        except (ExportError, EngineError) as error:
             left_out[name] = str(error)
     for name, path in (brought or {}).items():
-        add(name, _brought(path, unadapted, threads), path.parent)
-    return Arms(tuple(arms.values()), digests, left_out)
+        open_session, digest = _brought(bundle, task, name, path, unadapted, opener)
+        arms.append(Arm(name, open_session))
+        digests |= {name: digest} if digest else {}
+    return Arms(tuple(arms), digests, left_out, opener.described, opener.on_device)
 
 
-def _form(bundle: Bundle, task: str, name: str) -> tuple[onnx.ModelProto, Path, Mapping[str, Array]]:
-    """The graph of another form of the task, the folder of its data, and the tensors that every run is fed."""
+def _form(bundle: Bundle, task: str, name: str) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
+    """The graph of another form of the task, whose data are the bundle's, and the tensors that every run is fed."""
     match name:
         case "resident":
             from exporter.arms import switchable_graph
 
-            graph, values = switchable_graph(bundle, task)
-            return graph, bundle.path, values
+            return switchable_graph(bundle, task)
         case "adapter-h" | "adapter-l":
             from exporter.baselines import bottleneck_graph
 
-            return bottleneck_graph(bundle, task, name), bundle.path, {}
+            return bottleneck_graph(bundle, task, name), {}
     from exporter.arms import unmerged_graph
 
-    return unmerged_graph(bundle, task), bundle.path, {}
+    return unmerged_graph(bundle, task), {}
 
 
-def _brought(path: Path, task: onnx.ModelProto, threads: int) -> onnx.ModelProto:
-    """The graph of a file, after a session of it was opened: what is wrong with it is said before a long run, not in it."""
+def _brought(bundle: Bundle, task: str, name: str, path: Path, unadapted: onnx.ModelProto, opener: Opener) -> tuple[Open, str | None]:
+    """A file's engine, after a session of it was opened: what is wrong with it is said before a long run, not in it. An ONNX graph has a digest."""
+    from exporter.digest import graph_digest
+
+    graph = _graph_of(path, unadapted) if path.suffix == ".onnx" else None
+    try:
+        if graph is None:
+            return _opens(opener.engine(path)), None
+        return _opens(opener.graph(bundle, task, name, Model(graph.SerializeToString(), path.parent), {})), graph_digest(graph)
+    except (EngineError, OSError) as error:
+        raise EngineError(f"{path}: {error}") from error
+
+
+def _opens(open_session: Open) -> Open:
+    with open_session():
+        return open_session
+
+
+def _graph_of(path: Path, task: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph of a file that takes and gives what the task does."""
     from exporter.external import load_graph
 
-    if path.suffix != ".onnx":
-        raise EngineError(f"{path}: not an .onnx file; expected a model for ONNX Runtime, which runs all arms")
     try:
         graph = load_graph(path)
     except OSError as error:
@@ -100,11 +113,7 @@ def _brought(path: Path, task: onnx.ModelProto, threads: int) -> onnx.ModelProto
         has, wanted = (_ports(model.graph, what) for model in (graph, task))
         if has != wanted:
             raise EngineError(f"{path}: has the {what}s {', '.join(has) or 'none'}; expected {', '.join(wanted)}, as the task has")
-    try:
-        with _open(Model(graph.SerializeToString(), path.parent), threads, {}):
-            return graph
-    except EngineError as error:
-        raise EngineError(f"{path}: {error}") from error
+    return graph
 
 
 def _ports(graph: onnx.GraphProto, what: Literal["input", "output"]) -> list[str]:
@@ -114,25 +123,3 @@ def _ports(graph: onnx.GraphProto, what: Literal["input", "output"]) -> list[str
     stored = {tensor.name for tensor in graph.initializer}
     values = [value for value in getattr(graph, what) if value.name not in stored]
     return sorted(f"{value.name} ({TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()})" for value in values)
-
-
-def _open(model: Model, threads: int, fed: Mapping[str, Array]) -> Session:
-    session = backend("onnxruntime", threads).load(model, None)
-    return _Fed(session, fed) if fed else session
-
-
-class _Fed:
-    """A session that is fed the same tensors at every run, beside the inputs."""
-
-    def __init__(self, session: Session, tensors: Mapping[str, Array]) -> None:
-        self._session = session
-        self._tensors = tensors
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return self._session.run({**inputs, **self._tensors})
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._session.__exit__(kind, error, trace)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from engines.build_cli import Backend, BackendChoice
 from exporter.cli import BundlePath, TaskName
 from lora.cli import AsJson
 from lora.errors import LorafuseError
@@ -78,9 +79,10 @@ def verdict(
     margin: Margin = "1%",
     gate: Annotated[Any, typer.Option(parser=per_cent, metavar="SHARE", help="For CI: the margin, and one line of output.")] = None,
     seconds: Annotated[float, typer.Option(min=0, max=1e6, help="Budget for each load; it ends earlier when the question is decided.")] = 120.0,
+    backend: Backend = BackendChoice.onnxruntime,
     threads: Threads = 1,
     extra: Annotated[list[ExtraArm] | None, typer.Option("--with", help="A further arm; repeatable. adapter-h and adapter-l are the paper's.")] = None,
-    arm: Annotated[list[str] | None, typer.Option(metavar="NAME=FILE", help="An .onnx file of yours as an arm; repeatable.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(metavar="NAME=FILE", help="An .onnx file of yours as an arm, of TensorRT a plan too; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order in which arms take turns.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write a JSON report with every sample.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
@@ -96,6 +98,7 @@ def verdict(
     from engines.latency.arms import arms_of
     from engines.latency.harness import Protocol
     from engines.latency.loads import loads_of
+    from engines.latency.openers import opener
     from engines.latency.report import check_writable
     from engines.latency.run import run
     from exporter.bundle.manifest import open_bundle
@@ -103,8 +106,8 @@ def verdict(
     check_writable([path for path in (out, html, markdown) if path is not None])
     opened = open_bundle(bundle)
     loads = loads_of(opened, task, batch, length, tokens)
-    with progress(f"bench {task}") as step:
-        arms = arms_of(opened, task, threads, [choice.value for choice in extra or []], _brought(arm or []))
+    with progress(f"bench {task}") as step, opener(backend.value, threads, step) as engines:
+        arms = arms_of(opened, task, engines, [choice.value for choice in extra or []], _brought(arm or []))
         for report in run(opened, task, arms, loads, Protocol(seconds, margin if gate is None else gate, seed), threads, step):
             _write(report, out, html, markdown)
     if as_json:
@@ -151,6 +154,9 @@ def _print(report: Report) -> None:
             for r in point.readings
         ]
         print_table(f"{report.subject}: {point.load}, {len(point.samples.runs)} sets × {len(point.samples.runs[0])} rounds", columns, rows)
+        if point.device:
+            stages = [(d.arm, f"{d.copies_there:.3f}", f"{d.engine:.3f}", f"{d.copies_back:.3f}") for d in point.device]
+            print_table("on the device, by its own clock", ("arm", "copies there ms", "engine ms", "copies back ms"), stages)
         print(f"{point.verdict.upper()}: {point.reason}")
     for name, reason in report.left_out.items():
         print(f"no arm '{name}': {reason}")
@@ -193,6 +199,7 @@ def serve(
 
     from engines.latency.arms import arms_of
     from engines.latency.loads import loads_of, work_of
+    from engines.latency.openers import OnnxRuntimeOpener
     from engines.latency.service import Traffic
     from engines.latency.service import serve as put_under_traffic
     from engines.latency.verdict import BASE, MERGED
@@ -202,7 +209,7 @@ def serve(
     load = loads_of(opened, task, [batch], [length])[0]
     work = work_of(opened.graph(opened.task(task)), opened.manifest.base.vocabulary, load)
     with progress(f"serve {task}") as step:
-        arms = [arm for arm in arms_of(opened, task, threads).arms if arm.name in (BASE, MERGED)]
+        arms = [arm for arm in arms_of(opened, task, OnnxRuntimeOpener(threads)).arms if arm.name in (BASE, MERGED)]
         services = put_under_traffic(arms, work, Traffic(rate, workers, seconds, seed), step)
     if as_json:
         print_json([asdict(service) for service in services])

@@ -10,6 +10,7 @@ from engines.latency.harness import Work
 from engines.latency.report import Load
 from exporter.bundle.manifest import Bundle, Graph
 from lora.errors import EngineError
+from lora.tensorfile import Array
 
 
 def loads_of(bundle: Bundle, task: str, batches: Sequence[int], lengths: Sequence[int], tokens: int = 0) -> list[Load]:
@@ -36,9 +37,14 @@ def loads_of(bundle: Bundle, task: str, batches: Sequence[int], lengths: Sequenc
     return loads
 
 
+def inputs_of(graph: Graph, vocabulary: int, load: Load) -> dict[str, Array]:
+    """What a session is given at first: the same for every arm."""
+    return random_inputs(graph, vocabulary, sizes(load.batch, load.length, load.past), seed=0)
+
+
 def work_of(graph: Graph, vocabulary: int, load: Load) -> Work:
     """The load as something to do with a session: one run, or a prompt and its generation to the last token."""
-    inputs = random_inputs(graph, vocabulary, sizes(load.batch, load.length, load.past), seed=0)
+    inputs = inputs_of(graph, vocabulary, load)
     if load.tokens:
         return lambda session: greedy(session, inputs, load.tokens)
     return lambda session: session.run(inputs)

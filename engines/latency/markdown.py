@@ -18,7 +18,14 @@ def _section(point: Point) -> str:
         for r in point.readings
     ]
     head = ["| arm | p50 ms | p90 ms | ratio to base | interval | |", "|---|---|---|---|---|---|"]
-    return "\n".join(["", f"**{point.load}**: {point.verdict}; {point.reason}", "", *head, *rows, ""])
+    return "\n".join(["", f"**{point.load}**: {point.verdict}; {point.reason}", "", *head, *rows, "", *_device(point)])
+
+
+def _device(point: Point) -> list[str]:
+    if not point.device:
+        return []
+    rows = [f"| {_plain(d.arm)} | {d.copies_there:.3f} | {d.engine:.3f} | {d.copies_back:.3f} |" for d in point.device]
+    return ["| on the device | copies there ms | engine ms | copies back ms |", "|---|---|---|---|", *rows, ""]
 
 
 def _plain(name: str) -> str:

@@ -70,14 +70,28 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class DeviceTimes:
+    """What a run of an arm takes on the device, by its own clock: medians in ms of the copies there, the engine, and the copies back."""
+
+    arm: str
+    copies_there: float
+    engine: float
+    copies_back: float
+
+
+@dataclass(frozen=True)
 class Point:
-    """One load: the verdict on the merged arm and the reason, the readings that it rests on, and the samples that they rest on."""
+    """One load: the verdict on the merged arm and the reason, the readings that it rests on, and the samples that they rest on.
+
+    ``device`` is there where the engines run on one: beside the readings, which are the host's times from call to answer.
+    """
 
     load: Load
     verdict: Verdict
     reason: str
     readings: tuple[Reading, ...]
     samples: Samples
+    device: tuple[DeviceTimes, ...] = ()
 
     def reading(self, arm: str) -> Reading:
         """The reading of an arm. Raises KeyError where there is none."""

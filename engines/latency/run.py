@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from engines.backends import Progress, unheard
 from engines.latency.arms import Arms
+from engines.latency.device import device_times
 from engines.latency.environment import machine, state
 from engines.latency.harness import Protocol, measure
-from engines.latency.loads import work_of
+from engines.latency.loads import inputs_of, work_of
 from engines.latency.report import Load, Point, Report, overall
 from exporter.bundle.manifest import Bundle
 
@@ -16,10 +18,14 @@ from exporter.bundle.manifest import Bundle
 def run(bundle: Bundle, task: str, arms: Arms, loads: Sequence[Load], protocol: Protocol, threads: int, progress: Progress = unheard) -> Iterator[Report]:
     """Measure the arms at each of ``loads``, each with the whole budget; after each, the report so far: what follows may fail, or take too long."""
     record, base = bundle.task(task), bundle.manifest.base
+    graph = bundle.graph(record)
     before = state()
     points: tuple[Point, ...] = ()
     for load in loads:
-        points = (*points, measure(arms.arms, load, work_of(bundle.graph(record), base.vocabulary, load), protocol, progress))
+        point = measure(arms.arms, load, work_of(graph, base.vocabulary, load), protocol, progress)
+        if arms.on_device:
+            point = replace(point, device=device_times(arms.arms, inputs_of(graph, base.vocabulary, load)))
+        points = (*points, point)
         yield Report(
             subject=task,
             verdict=overall(points),
@@ -27,7 +33,7 @@ def run(bundle: Bundle, task: str, arms: Arms, loads: Sequence[Load], protocol: 
             points=points,
             digests=arms.digests,
             left_out=arms.left_out,
-            machine=machine(threads),
+            machine={"backend": arms.backend, **machine(threads)},
             before=before,
             after=state(),
             hashes={"base": base.sha256, "merged": record.model.sha256, "adapter": record.adapter_sha256},

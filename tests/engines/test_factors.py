@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import engines
 import exporter
 from engines.latency.arms import arms_of
+from engines.latency.openers import OnnxRuntimeOpener
 from engines.latency.verdict import MERGED
 from exporter.bundle import manifest
 from exporter.bundle.changes import in_graph_order, merged_at_load
@@ -173,7 +174,7 @@ def test_the_base_as_it_is_has_no_factors_to_merge(tiny_base: Path, tmp_path: Pa
 
 
 def test_the_merged_arm_of_the_harness_is_merged(stored_both_ways: Path, tokens: dict[str, Array]):
-    arms = arms_of(open_bundle(stored_both_ways), "factors", threads=1).arms
+    arms = arms_of(open_bundle(stored_both_ways), "factors", OnnxRuntimeOpener(1)).arms
     with next(arm for arm in arms if arm.name == MERGED).open() as session:
         assert_equal_bits(session.run(tokens), run(stored_both_ways, "dense", tokens))
 

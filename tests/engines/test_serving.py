@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import engines
+from engines.latency.openers import OnnxRuntimeOpener
 from engines.serving import Mode, Runtime, open_runtime
 from exporter.bundle.manifest import open_bundle
 from exporter.task import add_task
@@ -77,7 +78,7 @@ def test_the_base_answers_under_a_tasks_head(runtime: Runtime, bundle: Path, mod
     from engines.latency.arms import arms_of
     from engines.latency.verdict import BASE
 
-    (base,) = [arm for arm in arms_of(open_bundle(bundle), "dense", 1).arms if arm.name == BASE]
+    (base,) = [arm for arm in arms_of(open_bundle(bundle), "dense", OnnxRuntimeOpener(1)).arms if arm.name == BASE]
     with base.open() as session:
         wanted = session.run(tokens)["logits"]
     found = runtime.run("dense", tokens, adapted=False)["logits"]

@@ -112,6 +112,22 @@ class Buffer:
         checked(cudart.cudaFreeHost(self._pinned))
 
 
+class Event:
+    """A moment on a stream."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._handle = checked(cudart.cudaEventCreate())
+        checked(cudart.cudaEventRecord(self._handle, stream.handle))
+
+    def until(self, later: Event) -> float:
+        """Milliseconds between the two, when both are over."""
+        return float(checked(cudart.cudaEventElapsedTime(self._handle, later._handle)))
+
+    def close(self) -> None:
+        """Give it back."""
+        checked(cudart.cudaEventDestroy(self._handle))
+
+
 class CudaGraph:
     """What was put on a stream between ``begin`` and here, to be launched as one."""
 

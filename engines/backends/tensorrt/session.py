@@ -6,6 +6,7 @@ API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/inf
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import ml_dtypes
 import numpy as np
 
-from engines.backends.tensorrt.cuda import Buffer, CudaGraph, Stream, require_device
+from engines.backends.tensorrt.cuda import Buffer, CudaGraph, Event, Stream, require_device
 from engines.backends.tensorrt.log import log_of
 from engines.backends.tensorrt.refit import refit
 from lora.errors import EngineError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import tensorrt
 
 Shapes = tuple[tuple[int, ...], ...]
+Sizes = Mapping[str, tuple[int, ...]]
 # By the names of TensorRT's DataType; its own conversion knows no bfloat16.
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
@@ -74,17 +76,23 @@ class TensorRTSession:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs by name, copied out of the buffers."""
-        self._check(inputs)
-        shapes = tuple(inputs[name].shape for name in self._inputs)
-        self._choose_profile(shapes)
-        for name, shape in zip(self._inputs, shapes, strict=True):
-            if not self._context.set_input_shape(name, shape):
-                raise self._log.error(f"input '{name}' of shape {shape} was refused")
-            self._buffers[name].host(shape, self._dtypes[name])[...] = inputs[name]
-        sizes = {name: tuple(self._context.get_tensor_shape(name)) for name in (*self._inputs, *self._outputs)}
+        shapes, sizes = self._prepare(inputs)
         self._execute(shapes, sizes)
         self._stream.wait()
         return {name: self._buffers[name].host(sizes[name], self._dtypes[name]).copy() for name in self._outputs}
+
+    def stages(self, inputs: Mapping[str, Array]) -> tuple[float, float, float]:
+        """What a run takes on the device, in ms and without a recorded graph: the copies there, the engine, the copies back."""
+        _, sizes = self._prepare(inputs)
+        moments = [Event(self._stream)]
+        for stage in (self._copy_in, self._compute, self._copy_out):
+            stage(sizes)
+            moments.append(Event(self._stream))
+        self._stream.wait()
+        there, engine, back = (earlier.until(later) for earlier, later in pairwise(moments))
+        for moment in moments:
+            moment.close()
+        return there, engine, back
 
     def refit(self, values: Mapping[str, Array]) -> None:
         """Exchange weights, by initializer names and in the graph's axis order. Recorded graphs are dropped; run nothing meanwhile."""
@@ -110,6 +118,17 @@ class TensorRTSession:
             buffer.close()
         self._stream.close()
         del self._context, self._engine, self._runtime
+
+    def _prepare(self, inputs: Mapping[str, Array]) -> tuple[Shapes, Sizes]:
+        """Set the context's shapes and fill the pinned buffers: the inputs' shapes, and those of all tensors by name."""
+        self._check(inputs)
+        shapes = tuple(inputs[name].shape for name in self._inputs)
+        self._choose_profile(shapes)
+        for name, shape in zip(self._inputs, shapes, strict=True):
+            if not self._context.set_input_shape(name, shape):
+                raise self._log.error(f"input '{name}' of shape {shape} was refused")
+            self._buffers[name].host(shape, self._dtypes[name])[...] = inputs[name]
+        return shapes, {name: tuple(self._context.get_tensor_shape(name)) for name in (*self._inputs, *self._outputs)}
 
     def _check(self, inputs: Mapping[str, Array]) -> None:
         if inputs.keys() != set(self._inputs):
@@ -156,7 +175,7 @@ class TensorRTSession:
             self._buffers[name] = Buffer(size)
             self._context.set_tensor_address(name, self._buffers[name].device)
 
-    def _execute(self, shapes: Shapes, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def _execute(self, shapes: Shapes, sizes: Sizes) -> None:
         if self._graphs is None or shapes not in self._graphs:
             self._enqueue(sizes)  # the first run of a shape may allocate and compile, which a recording may not
             self._remember(shapes, None)
@@ -171,15 +190,24 @@ class TensorRTSession:
         self._remember(shapes, graph)
         graph.launch()
 
-    def _enqueue(self, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def _enqueue(self, sizes: Sizes) -> None:
+        self._copy_in(sizes)
+        self._compute(sizes)
+        self._copy_out(sizes)
+
+    def _copy_in(self, sizes: Sizes) -> None:
         for name in self._inputs:
             self._buffers[name].to_device(self._bytes(name, sizes), self._stream)
+
+    def _compute(self, sizes: Sizes) -> None:
         if not self._context.execute_async_v3(self._stream.handle):
             raise self._log.error("the engine did not run")
+
+    def _copy_out(self, sizes: Sizes) -> None:
         for name in self._outputs:
             self._buffers[name].to_host(self._bytes(name, sizes), self._stream)
 
-    def _bytes(self, name: str, sizes: Mapping[str, tuple[int, ...]]) -> int:
+    def _bytes(self, name: str, sizes: Sizes) -> int:
         return int(np.prod(sizes[name])) * self._dtypes[name].itemsize
 
     def _remember(self, shapes: Shapes, graph: CudaGraph | None) -> None:

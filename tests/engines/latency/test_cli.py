@@ -15,6 +15,7 @@ from reports import RATIOS, point, report
 
 import engines.latency.arms
 from engines.backends import Session
+from engines.latency.openers import OnnxRuntimeOpener
 from engines.latency.report import Load, read_report, write_report
 from engines.latency.verdict import MERGED
 from exporter.bundle.manifest import Bundle
@@ -71,7 +72,7 @@ class Thrice:
 
 
 def test_slower_is_status_one(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., tuple[int, str]]):
-    found = engines.latency.arms.arms_of(tiny_bundle, "first", 1)
+    found = engines.latency.arms.arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1))
     slowed = [replace(arm, open=lambda arm=arm: Thrice(arm.open())) if arm.name == MERGED else arm for arm in found.arms]
     monkeypatch.setattr(engines.latency.arms, "arms_of", lambda *_: replace(found, arms=tuple(slowed)))
     status, printed = in_process("bench", tiny_bundle.path, "--task", "first", "--length", "8", "--margin", "0.5", "--json")

@@ -17,6 +17,7 @@ from engines.backends import Session
 from engines.latency.arms import arms_of
 from engines.latency.harness import LEAST_ROUNDS, MOST_ROUNDS, WARMUP, Arm, Protocol, measure, take_set
 from engines.latency.loads import work_of
+from engines.latency.openers import OnnxRuntimeOpener
 from engines.latency.report import Load, Point
 from engines.latency.sequential import FIRST_LOOK
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
@@ -211,7 +212,7 @@ def graph(tiny_bundle: Bundle) -> Graph:
 
 
 def test_point_of_real_engines_holds_every_sample(tiny_bundle: Bundle, graph: Graph):
-    point = measure(arms_of(tiny_bundle, "first", threads=1).arms, LOAD, work_of(graph, tiny_bundle.manifest.base.vocabulary, LOAD), SHORT)
+    point = measure(arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1)).arms, LOAD, work_of(graph, tiny_bundle.manifest.base.vocabulary, LOAD), SHORT)
     runs = np.array(point.samples.runs)
     assert tuple(reading.arm for reading in point.readings) == NAMES
     assert runs.shape == (FIRST_LOOK, SHORT.rounds, len(NAMES))
@@ -258,7 +259,7 @@ def test_a_set_has_rounds_for_a_share_of_the_budget(seconds: float, budget: floa
 def test_command_lines_arms_compute_what_their_names_say(tiny_bundle: Bundle, tokens: dict[str, Array]):
     """A wrong arm would be timed just as well, and the verdict would be on something else."""
     outputs = {}
-    for arm in arms_of(tiny_bundle, "first", threads=1, extras=["resident"]).arms:
+    for arm in arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), ["resident"]).arms:
         with arm.open() as session:
             outputs[arm.name] = session.run(tokens)["logits"]
     np.testing.assert_array_equal(outputs[AGAIN], outputs[BASE])
