@@ -36,7 +36,7 @@ def load(
         return chosen.load(Model(b"", opened.path), own_plan(opened, task, own, chosen))
     shared = opened.graph(opened.task(task)).engines.get(backend_name)
     if shared is None or shared.mode == "rebuild":
-        raise EngineError(f"{opened.path}: task '{task}' has no {backend_name} engine; run '{_build_command(opened, task, backend_name)}'")
+        raise EngineError(f"{opened.path}: task '{task}' has no {backend_name} engine; run '{build_command(opened, task, backend_name)}'")
     return chosen.load(Model(b"", opened.path, task_values(opened, task, shared.refittable)), shared_plan(opened, task, shared, chosen))
 
 
@@ -84,7 +84,7 @@ def both_plans(bundle: Bundle, task: str, name: BackendName, chosen: Backend) ->
     own, base = record.engines.get(name), bundle.graph(record).engines.get(name)
     if own is None or base is None:
         missing = f"task '{task}' has no {name} engine" if own is None else f"the unadapted base of task '{task}' has no {name} engine"
-        raise EngineError(f"{bundle.path}: {missing}; run '{_build_command(bundle, task, name)} --unadapted'")
+        raise EngineError(f"{bundle.path}: {missing}; run '{build_command(bundle, task, name)} --unadapted'")
     return own_plan(bundle, task, own, chosen), unadapted_plan(bundle, task, base, chosen)
 
 
@@ -100,9 +100,10 @@ def _plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
 
 
 def _refused(bundle: Bundle, task: str, engine: Engine, reason: str) -> EngineError:
-    command = _build_command(bundle, task, engine.backend) + (f" --mode {engine.mode}" if engine.mode != "rebuild" else "")
+    command = build_command(bundle, task, engine.backend) + (f" --mode {engine.mode}" if engine.mode != "rebuild" else "")
     return EngineError(f"{bundle.path}: the {engine.backend} engine of '{task}' can't be used: {reason}; run '{command}'")
 
 
-def _build_command(bundle: Bundle, task: str, backend_name: str) -> str:
+def build_command(bundle: Bundle, task: str, backend_name: str) -> str:
+    """What builds the task's engine, for an error's last words."""
     return f"lorafuse build {quote(str(bundle.path))} --task {task} --backend {backend_name}"

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 from engines.backends import BackendName, BuildOptions, Model, Progress, Session, backend, unheard
 from engines.backends.tensorrt.target import AMPERE_PLUS, PORTABLE
 from engines.build import with_profiles
-from engines.runtime import both_plans, task_model
+from engines.runtime import both_plans, build_command, task_model
 from exporter.bundle.manifest import Bundle
 from lora.errors import EngineError
 from lora.tensorfile import Array
@@ -103,7 +103,7 @@ class PlanOpener:
         if mode != "rebuild":
             raise EngineError(
                 f"{bundle.path}: the base's {self._name} engine is of mode {mode}, and the tasks' are not; "
-                f"build it as they were, with 'lorafuse build {bundle.path} --task {task} --backend {self._name} --unadapted'"
+                f"build it as they were, with '{build_command(bundle, task, self._name)} --unadapted'"
             )
         return self.engine(base), self.engine(own)
 

@@ -14,6 +14,11 @@ from engines.backends import BACKENDS, BackendName, BuildOptions, backend
 from engines.build import build, build_unadapted
 from engines.compared import compared
 from engines.inputs import random_inputs, sizes
+from engines.latency.arms import arms_of
+from engines.latency.harness import Protocol
+from engines.latency.openers import opener
+from engines.latency.report import Load
+from engines.latency.run import run
 from engines.price import price
 from engines.proof import prove
 from exporter.bundle.manifest import Bundle, open_bundle
@@ -137,3 +142,16 @@ def test_every_way_to_an_engine_has_its_price(built: Path, flavour: BackendName,
     priced = price(open_bundle(built), "first", flavour, BuildOptions())
     failed = [one for one in priced if one.note and one.note.startswith("not on this machine")]
     assert failed == [], [asdict(one) for one in failed]
+
+
+def test_a_tasks_latency_is_measured_with_the_devices_own_times(built: Path, flavour: BackendName):
+    build_unadapted(built, "first", flavour, BuildOptions())
+    bundle, load = open_bundle(built), Load(1, 16)
+    with opener(flavour, 1) as opens:
+        arms = arms_of(bundle, "first", opens, ["adapter-h"])
+        [report] = run(bundle, "first", arms, [load], Protocol(5.0), 1)
+    [point] = report.points
+    assert [times.arm for times in point.device] == [reading.arm for reading in point.readings] == ["base", "base again", "merged", "unmerged", "adapter-h"]
+    for times in point.device:
+        assert 0 < times.engine < point.reading(times.arm).p50 * 10
+        assert min(times.copies_there, times.copies_back) > 0

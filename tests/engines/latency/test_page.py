@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,7 +11,7 @@ from reports import RATIOS, point, report
 
 from engines.latency.markdown import markdown
 from engines.latency.page import page
-from engines.latency.report import Load, Report
+from engines.latency.report import DeviceTimes, Load, Report
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 
 HOSTILE = '<script>alert("1")</script>|`x`'
@@ -67,6 +68,17 @@ def test_every_figure_of_the_table_is_the_reports():
             f"{reading.first:.2f}",
             f"{at_p90.median:.4f} [{at_p90.low:.4f}, {at_p90.high:.4f}]",
         ]
+
+
+def test_the_devices_own_times_are_shown_where_there_are_any():
+    there = replace(point(), device=(DeviceTimes("merged", 0.0123, 1.2345, 0.0678), DeviceTimes(HOSTILE, 1.0, 2.0, 3.0)))
+    rows = Parsed(page(report(there))).rows
+    assert ["merged", "0.012", "1.234", "0.068"] in rows
+    assert [HOSTILE, "1.000", "2.000", "3.000"] in rows
+    assert "| merged | 0.012 | 1.234 | 0.068 |" in markdown(report(there)).splitlines()
+    assert "<script" not in markdown(report(there))
+    for shown in (page, markdown):
+        assert "on the device" not in shown(report()).lower()
 
 
 def test_verdict_reasons_and_every_ratio_are_in_words():

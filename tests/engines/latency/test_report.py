@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engines.latency.report import SCHEMA, Load, Report, check_writable, overall, read_report, write_report, write_text
+from engines.latency.report import SCHEMA, DeviceTimes, Load, Report, check_writable, overall, read_report, write_report, write_text
 from lora.errors import LorafuseError
 
 JSON = st.recursive(
@@ -35,7 +35,8 @@ def refusal(path: Path) -> str:
 
 def test_what_was_written_is_read_again(make_report: Callable[..., Report], tmp_path: Path):
     report = make_report(loads=[Load(1, 8), Load(4, 1, past=8), Load(1, 8, tokens=3)])
-    report = replace(report, left_out={"résident\n": "“why”"})
+    points = (replace(report.points[0], device=(DeviceTimes("merged", 0.1, 0.2, 0.3),)), *report.points[1:])
+    report = replace(report, left_out={"résident\n": "“why”"}, points=points)
     write_report(tmp_path / "report.json", report)
     assert read_report(tmp_path / "report.json") == report
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
