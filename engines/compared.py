@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engines.backends import Backend, BackendName, Model, backend
 from engines.backends.tensorrt.layers import LayerDifference, layer_differences, layers_of
-from engines.runtime import both_plans
+from engines.runtime import plan_of
 from exporter.bundle.manifest import Bundle
 
 
@@ -32,7 +32,7 @@ def compared(bundle: Bundle, task: str, name: BackendName) -> Compared:
     Raises EngineError when one of them was not built or can't be used, NoDeviceError without a device.
     """
     chosen = backend(name)
-    ours, bases = both_plans(bundle, task, name, chosen)
+    bases, ours = (plan_of(bundle, task, name, chosen, adapted) for adapted in (False, True))
     said = _layers(bundle, chosen, ours)
     return Compared(len(layers_of(said)), tuple(layer_differences(said, _layers(bundle, chosen, bases))), ours.stat().st_size, bases.stat().st_size)
 

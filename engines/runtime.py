@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 
+import msgspec
+
 from engines.backends import Backend, BackendName, Model, Session, backend
 from engines.switch import changed_names, task_values
 from exporter.bundle.changes import base_stored, in_graph_order, merged_at_load
@@ -74,34 +76,38 @@ def shared_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend, trus
 def unadapted_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
     """The plan of the unadapted graph under the task, as it was built."""
     if engine.weights_sha256 != bundle.weights_sha256():
-        raise _refused(bundle, task, engine, "it was built from another base")
-    return _plan(bundle, task, engine, chosen)
+        raise _refused(bundle, task, engine, "it was built from another base", adapted=False)
+    return _plan(bundle, task, engine, chosen, adapted=False)
 
 
-def both_plans(bundle: Bundle, task: str, name: BackendName, chosen: Backend) -> tuple[Path, Path]:
-    """The plans of the task's own engine and of the unadapted one under it. Raises EngineError naming the command where one was not built."""
+def plan_of(bundle: Bundle, task: str, name: BackendName, chosen: Backend, adapted: bool = True) -> Path:
+    """The plan that was built for the task, or without ``adapted`` for the base under it. Raises EngineError naming the command where there is none."""
     record = bundle.task(task)
-    own, base = record.engines.get(name), bundle.graph(record).engines.get(name)
-    if own is None or base is None:
-        missing = f"task '{task}' has no {name} engine" if own is None else f"the unadapted base of task '{task}' has no {name} engine"
-        raise EngineError(f"{bundle.path}: {missing}; run '{build_command(bundle, task, name)} --unadapted'")
-    return own_plan(bundle, task, own, chosen), unadapted_plan(bundle, task, base, chosen)
+    engine = (record if adapted else bundle.graph(record)).engines.get(name)
+    if engine is None:
+        command = build_command(bundle, task, name) + ("" if adapted else " --unadapted")
+        raise EngineError(f"{bundle.path}: {'' if adapted else 'the base under '}task '{task}' has no {name} engine; run '{command}'")
+    if engine.mode == "stripped":
+        reason = "its weights are put in at load, which this runtime does not do"
+        raise _refused(bundle, task, msgspec.structs.replace(engine, mode="rebuild"), reason, adapted)  # which is what to build instead
+    return own_plan(bundle, task, engine, chosen) if adapted else unadapted_plan(bundle, task, engine, chosen)
 
 
-def _plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
+def _plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend, adapted: bool = True) -> Path:
     if engine.file is None:
-        raise _refused(bundle, task, engine, "the manifest names no plan")
+        raise _refused(bundle, task, engine, "the manifest names no plan", adapted)
     plan = bundle.checked(engine.file)
     if engine.version != chosen.version():
-        raise _refused(bundle, task, engine, f"it was built by version {engine.version}, and this is {chosen.version()}")
+        raise _refused(bundle, task, engine, f"it was built by version {engine.version}, and this is {chosen.version()}", adapted)
     if reason := chosen.runs(engine.target):
-        raise _refused(bundle, task, engine, reason)
+        raise _refused(bundle, task, engine, reason, adapted)
     return plan
 
 
-def _refused(bundle: Bundle, task: str, engine: Engine, reason: str) -> EngineError:
-    command = build_command(bundle, task, engine.backend) + (f" --mode {engine.mode}" if engine.mode != "rebuild" else "")
-    return EngineError(f"{bundle.path}: the {engine.backend} engine of '{task}' can't be used: {reason}; run '{command}'")
+def _refused(bundle: Bundle, task: str, engine: Engine, reason: str, adapted: bool = True) -> EngineError:
+    mode = f" --mode {engine.mode}" if engine.mode != "rebuild" else ""
+    command = build_command(bundle, task, engine.backend) + mode + ("" if adapted else " --unadapted")
+    return EngineError(f"{bundle.path}: the {engine.backend} engine of {'' if adapted else 'the base under '}'{task}' can't be used: {reason}; run '{command}'")
 
 
 def build_command(bundle: Bundle, task: str, backend_name: str) -> str:

@@ -11,10 +11,10 @@ from threading import Lock
 from types import TracebackType
 from typing import Literal, Self
 
-from engines.backends import Model, Runs, Session, backend
+from engines.backends import BackendName, Model, Runs, Session, backend
 from engines.overridable import overridable
 from engines.pool import Pool
-from engines.runtime import task_model
+from engines.runtime import plan_of, task_model
 from engines.switch import changed_names, task_values
 from exporter.bundle.changes import base_stored
 from exporter.bundle.manifest import Bundle, open_bundle
@@ -36,18 +36,42 @@ class _Switched:
         return self.session.run({**inputs, **self.values})
 
 
+class _InTurns:
+    """A session that one thread runs at a time."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._lock = session, Lock()
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        with self._lock:
+            return self._session.run(inputs)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._session.__exit__(kind, error, trace)
+
+
 class Runtime:
-    """The tasks of a bundle on ONNX Runtime's CPU provider. Use it as a context manager; every method may be called from any thread.
+    """The tasks of a bundle on one backend. Use it as a context manager; every method may be called from any thread.
 
     *Dedicated*: each task has a session of its own, as fast as the unadapted model; a first use takes as long as loading
     a model. *Resident*: tasks of one graph share one session and hand it their tensors with every run; a task costs what
     it changes and a switch nothing, but weights that may change are not prepacked, which costs latency
     (``lorafuse bench --with resident`` measures it).
+
+    Of TensorRT, a task is the plan that ``lorafuse build`` made of it, always dedicated; its runs take turns.
     """
 
-    def __init__(self, bundle: Bundle, mode: Mode = "dedicated", threads: int | None = None, memory: int | None = None) -> None:
-        self.bundle, self._mode = bundle, mode
-        self._backend = backend("onnxruntime", threads)
+    def __init__(
+        self, bundle: Bundle, mode: Mode = "dedicated", threads: int | None = None, memory: int | None = None, backend_name: BackendName = "onnxruntime"
+    ) -> None:
+        self.bundle, self._mode, self._name = bundle, mode, backend_name
+        self._has_plans = backend_name.startswith("tensorrt")
+        if self._has_plans and mode == "resident":
+            raise EngineError("TensorRT's plans are each a task's own; choose mode 'dedicated'")
+        self._backend = backend(backend_name, threads)
         self._owned, self._opening = ExitStack(), Lock()
         self._shared: dict[str, Session] = {}  # by the digest of their graph, as are the names of what its tasks change
         self._names: dict[str, frozenset[str]] = {}
@@ -104,6 +128,9 @@ class Runtime:
 
     def _open(self, key: Key) -> Session:
         task, adapted = key
+        if self._has_plans:
+            plan = plan_of(self.bundle, task, self._name, self._backend, adapted)
+            return _InTurns(self._backend.load(Model(b"", self.bundle.path), plan))
         model = task_model(self.bundle, task)
         if not adapted:
             values = task_values(self.bundle, task, changed_names(self.bundle, task), adapted=False)
@@ -111,8 +138,12 @@ class Runtime:
         return self._backend.load(model, None)
 
     def _session_cost(self, key: Key) -> int:
-        """A session holds all the weights of its graph."""
-        record = self.bundle.task(key[0])
+        """A session holds all the weights of its graph, as a plan does."""
+        task, adapted = key
+        record = self.bundle.task(task)
+        if self._has_plans:
+            engine = (record if adapted else self.bundle.graph(record)).engines.get(self._name)
+            return engine.file.size if engine is not None and engine.file is not None else 0
         return sum(file.size for file in (*self.bundle.manifest.base.weights, *record.own_weights))
 
     def _read(self, key: Key) -> dict[str, Array]:
@@ -158,14 +189,16 @@ class Runtime:
             return frozenset()
 
 
-def open_runtime(bundle: str | Path, mode: Mode = "dedicated", threads: int | None = None, memory: int | None = None) -> Runtime:
+def open_runtime(
+    bundle: str | Path, mode: Mode = "dedicated", threads: int | None = None, memory: int | None = None, backend_name: BackendName = "onnxruntime"
+) -> Runtime:
     """A runtime for the tasks of a bundle. ``threads`` bounds ONNX Runtime's, ``memory`` the bytes of weights that tasks may hold.
 
-    Raises BundleError when there is no bundle, EngineError when ``mode`` is unknown or ONNX Runtime is not installed.
+    Raises BundleError when there is no bundle, EngineError when ``mode`` is unknown or the backend's library is not installed.
 
     >>> with open_runtime("bundle", mode="resident", memory=2**30) as runtime:  # doctest: +SKIP
     ...     runtime.run("movies", {"input_ids": ids, "attention_mask": mask, "token_type_ids": types})["logits"]
     """
     if mode not in ("dedicated", "resident"):
         raise EngineError(f"mode '{mode}' is not known; expected dedicated or resident")
-    return Runtime(open_bundle(Path(bundle)), mode, threads, memory)
+    return Runtime(open_bundle(Path(bundle)), mode, threads, memory, backend_name)

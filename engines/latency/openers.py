@@ -12,7 +12,7 @@ from typing import Protocol, Self
 from engines.backends import BackendName, BuildOptions, Model, Progress, Session, backend, unheard
 from engines.backends.tensorrt.target import AMPERE_PLUS, PORTABLE
 from engines.build import with_profiles
-from engines.runtime import both_plans, build_command, task_model
+from engines.runtime import build_command, plan_of, task_model
 from exporter.bundle.manifest import Bundle
 from lora.errors import EngineError
 from lora.tensorfile import Array
@@ -98,7 +98,7 @@ class PlanOpener:
 
     def pair(self, bundle: Bundle, task: str, unadapted: Model) -> tuple[Open, Open]:
         """The plans that the bundle records, which must be there."""
-        own, base = both_plans(bundle, task, self._name, self._backend)
+        base, own = (plan_of(bundle, task, self._name, self._backend, adapted) for adapted in (False, True))
         mode = bundle.graph(bundle.task(task)).engines[self._name].mode
         if mode != "rebuild":
             raise EngineError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -155,3 +156,15 @@ def test_a_tasks_latency_is_measured_with_the_devices_own_times(built: Path, fla
     for times in point.device:
         assert 0 < times.engine < point.reading(times.arm).p50 * 10
         assert min(times.copies_there, times.copies_back) > 0
+
+
+def test_a_runtime_serves_plans_to_many_threads(built: Path, flavour: BackendName):
+    build_unadapted(built, "first", flavour, BuildOptions())
+    given = list(inputs_of(open_bundle(built))) * 4
+    wanted = outputs(built, flavour) * 4
+    with engines.open(built, backend_name=flavour) as runtime, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda inputs: runtime.run("first", inputs)["logits"], given))
+        base = runtime.run("first", given[0], adapted=False)["logits"]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (base != wanted[0]).any()

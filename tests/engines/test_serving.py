@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 import engines
+from engines.backends import NoDeviceError
 from engines.latency.openers import OnnxRuntimeOpener
-from engines.serving import Mode, Runtime, open_runtime
-from exporter.bundle.manifest import open_bundle
+from engines.serving import Mode, Runtime, _InTurns, open_runtime
+from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.task import add_task
 from lora.errors import BundleError, EngineError
 from lora.tensorfile import Array
@@ -221,3 +223,46 @@ def test_threads_that_switch_at_random_get_their_own_tasks_answers(bundle: Path,
         with ThreadPoolExecutor(4) as threads:
             for done in [threads.submit(work, seed) for seed in range(4)]:
                 done.result(120)
+
+
+RTX = "tensorrt-rtx"
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_plan_is_served_where_there_is_a_device_and_costs_what_it_holds(rtx_bundle: Path, tokens: dict[str, Array]):
+    (plan,) = (rtx_bundle / "engines").iterdir()
+    with open_runtime(rtx_bundle, backend_name=RTX) as runtime, pytest.raises(NoDeviceError, match="CUDA error 35"):
+        runtime.run("first", tokens)
+    with open_runtime(rtx_bundle, backend_name=RTX, memory=100) as runtime, pytest.raises(EngineError, match=f"{plan.stat().st_size} bytes of weights"):
+        runtime.run("first", tokens)
+
+
+def test_a_plan_that_there_is_not_is_said_with_the_command(rtx_bundle: Path, tiny_bundle: Bundle, tokens: dict[str, Array]):
+    build = f"run 'lorafuse build {tiny_bundle.path} --task first --backend {RTX}'"
+    with open_runtime(tiny_bundle.path, backend_name=RTX) as runtime, pytest.raises(EngineError, match=f"task 'first' has no {RTX} engine; {build}"):
+        runtime.run("first", tokens)
+    with open_runtime(rtx_bundle, backend_name=RTX) as runtime, pytest.raises(EngineError, match=r"the base under task 'first' has no .* --unadapted'"):
+        runtime.run("first", tokens, adapted=False)
+
+
+def test_plans_are_dedicated(rtx_bundle: Path):
+    with pytest.raises(EngineError, match="TensorRT's plans are each a task's own; choose mode 'dedicated'"):
+        open_runtime(rtx_bundle, "resident", backend_name=RTX)
+
+
+def test_a_plans_runs_take_turns():
+    """TensorRT's sessions are one thread's; what is shared by threads must not be run by two at once."""
+    running, most = [], []
+
+    class Slow:
+        def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+            running.append(1)
+            most.append(len(running))
+            time.sleep(0.005)
+            running.pop()
+            return inputs
+
+    in_turns = _InTurns(Slow())  # type: ignore[arg-type]  # no context manager
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(in_turns.run, [{}] * 12))
+    assert most == [1] * 12

@@ -27,14 +27,15 @@ struct Wanted {
     bool adapted;
     const std::string& backend;
 
-    Error refusal(const std::string& reason) const {
+    Error refusal(const std::string& reason, const std::string& mode) const {
         return Error(bundle.path().string() + ": " + reason + "; run 'lorafuse build " + quoted(bundle.path().string()) +
-                     " --task " + task.name + " --backend " + backend + (adapted ? "" : " --unadapted") + "'");
+                     " --task " + task.name + " --backend " + backend + (mode == "rebuild" ? "" : " --mode " + mode) +
+                     (adapted ? "" : " --unadapted") + "'");
     }
 
-    Error unusable(const std::string& reason) const {
-        const std::string of = adapted ? "'" + task.name + "'" : "the base under '" + task.name + "'";
-        return refusal("the " + backend + " engine of " + of + " can't be used: " + reason);
+    Error unusable(const std::string& reason, const std::string& mode) const {
+        const std::string of = (adapted ? "'" : "the base under '") + task.name + "'";
+        return refusal("the " + backend + " engine of " + of + " can't be used: " + reason, mode);
     }
 };
 
@@ -42,7 +43,7 @@ const EngineRecord& recorded(const Wanted& wanted) {
     const Engines& engines = wanted.adapted ? wanted.task.engines : wanted.bundle.graph(wanted.task).engines;
     if (const auto found = engines.find(wanted.backend); found != engines.end()) return found->second;
     const std::string who = (wanted.adapted ? "task '" : "the base under task '") + wanted.task.name + "'";
-    throw wanted.refusal(who + " has no " + wanted.backend + " engine");
+    throw wanted.refusal(who + " has no " + wanted.backend + " engine", "rebuild");
 }
 
 std::string capability(int major, int minor) { return std::to_string(major) + "." + std::to_string(minor); }
@@ -62,22 +63,24 @@ std::uint64_t plan_size(const Bundle& bundle, const TaskRecord& task, bool adapt
 std::filesystem::path plan_of(const Bundle& bundle, const TaskRecord& task, bool adapted, const Library& library) {
     const Wanted wanted{bundle, task, adapted, library.backend};
     const EngineRecord& engine = recorded(wanted);
+    if (engine.mode == "stripped")
+        throw wanted.unusable("its weights are put in at load, which this runtime does not do", "rebuild");
     if (adapted && (engine.model_sha256 != task.model.sha256 || engine.weights_sha256 != bundle.weights_sha256(&task))) {
-        throw wanted.unusable("it was built from an earlier export of the task");
+        throw wanted.unusable("it was built from an earlier export of the task", engine.mode);
     }
     if (!adapted && engine.weights_sha256 != bundle.weights_sha256(nullptr)) {
-        throw wanted.unusable("it was built from another base");
+        throw wanted.unusable("it was built from another base", engine.mode);
     }
-    if (engine.mode == "stripped") throw wanted.unusable("its weights are put in at load, which this runtime does not do");
-    if (!engine.file) throw wanted.unusable("the manifest names no plan");
+    if (!engine.file) throw wanted.unusable("the manifest names no plan", engine.mode);
     std::filesystem::path plan = bundle.checked(*engine.file);
     if (engine.version != library.version) {
-        throw wanted.unusable("it was built by version " + engine.version + ", and this is " + library.version);
+        throw wanted.unusable("it was built by version " + engine.version + ", and this is " + library.version, engine.mode);
     }
     const Device device = library.device();
     if (!runs_on(engine.target, device.major, device.minor)) {
         throw wanted.unusable("it was built for " + engine.target + ", and this is an " + device.name + " (" +
-                              capability(device.major, device.minor) + ")");
+                                  capability(device.major, device.minor) + ")",
+                              engine.mode);
     }
     return plan;
 }

@@ -17,7 +17,7 @@ import engines
 from engines.backends import BuildOptions
 from engines.backends.tensorrt.target import runs_on
 from engines.build import build, build_unadapted
-from engines.runtime import own_plan
+from engines.runtime import plan_of
 from exporter.bundle.manifest import Bundle, Engine, encode, open_bundle
 from lora.errors import LorafuseError
 
@@ -46,15 +46,15 @@ class Library:
         return None if fits else f"it was built for {target}, and this is an A GPU ({self.major}.{self.minor})"
 
 
-def in_python(bundle: Bundle, library: Library) -> str:
+def in_python(bundle: Bundle, library: Library, adapted: bool = True) -> str:
     try:
-        return str(own_plan(bundle, "first", bundle.task("first").engines[RTX], library))  # type: ignore[arg-type]  # no builder
+        return str(plan_of(bundle, "first", RTX, library, adapted))  # type: ignore[arg-type]  # no builder
     except LorafuseError as error:
         return str(error)
 
 
-def in_cpp(built: Built, bundle: Bundle, library: Library, adapted: str = "adapted") -> str:
-    return built.probe("plan", bundle.path, "first", adapted, library.at, str(library.major), str(library.minor)).rstrip("\n")
+def in_cpp(built: Built, bundle: Bundle, library: Library, adapted: bool = True) -> str:
+    return built.probe("plan", bundle.path, "first", "adapted" if adapted else "unadapted", library.at, str(library.major), str(library.minor)).rstrip("\n")
 
 
 def recorded(path: Path, **changes: Any) -> Bundle:
@@ -82,6 +82,8 @@ STALE: dict[str, dict[str, Any]] = {
     "other weights": {"weights_sha256": "0" * 64},
     "another version": {"version": "0.9"},
     "no plan": {"file": None},
+    "no weights": {"mode": "stripped"},
+    "another mode and version": {"mode": "refit", "version": "0.9"},
 }
 
 
@@ -118,22 +120,25 @@ def test_a_path_that_a_shell_would_read_is_quoted_in_the_same_way(built: Built, 
 
 
 def test_the_bases_engine_is_its_graphs(built: Built, tiny_copy: Path):
-    library = Library("1.7", 8, 9)
-    missing = in_cpp(built, open_bundle(tiny_copy), library, "unadapted")
-    command = f"'lorafuse build {tiny_copy} --task first --backend {RTX} --unadapted'"
-    assert missing == f"{tiny_copy}: the base under task 'first' has no {RTX} engine; run {command}"
+    def said(library: Library, adapted: bool = False) -> str:
+        in_both = in_cpp(built, open_bundle(tiny_copy), library, adapted)
+        assert in_both == in_python(open_bundle(tiny_copy), library, adapted)
+        return in_both
+
+    missing = f"{tiny_copy}: the base under task 'first' has no {RTX} engine; run 'lorafuse build {tiny_copy} --task first --backend {RTX} --unadapted'"
+    assert said(Library("1.7", 8, 9)) == missing
     build_unadapted(tiny_copy, "first", RTX, BuildOptions(("8.9",)))
     bundle = open_bundle(tiny_copy)
-    engine = bundle.graph(bundle.task("first")).engines[RTX]
+    graph = bundle.graph(bundle.task("first"))
+    engine = graph.engines[RTX]
+    library = Library(engine.version, 8, 9)
     assert engine.file is not None
-    assert in_cpp(built, bundle, Library(engine.version, 8, 9), "unadapted") == str(tiny_copy / engine.file.path)
-    assert in_cpp(built, bundle, Library(engine.version, 8, 9)).startswith(f"{tiny_copy}: task 'first' has no {RTX} engine; run ")
-    for changes, reason in (({"weights_sha256": "0"}, "it was built from another base"), ({"mode": "stripped"}, "its weights are put in at load")):
-        graph = msgspec.structs.replace(bundle.graph(bundle.task("first")), engines={RTX: msgspec.structs.replace(engine, **changes)})
-        manifest = msgspec.structs.replace(bundle.manifest, graphs={bundle.task("first").graph: graph})
-        (tiny_copy / "manifest.json").write_bytes(encode(manifest))
-        said = in_cpp(built, bundle, Library(engine.version, 8, 9), "unadapted")
-        assert said.startswith(f"{tiny_copy}: the {RTX} engine of the base under 'first' can't be used: {reason}")
+    assert said(library) == str(tiny_copy / engine.file.path)
+    assert said(library, adapted=True).startswith(f"{tiny_copy}: task 'first' has no {RTX} engine; run ")
+    for changes in ({"weights_sha256": "0"}, {"mode": "stripped"}, {"mode": "refit", "version": "0"}, {"target": "9.0"}):
+        changed = msgspec.structs.replace(graph, engines={RTX: msgspec.structs.replace(engine, **changes)})
+        (tiny_copy / "manifest.json").write_bytes(encode(msgspec.structs.replace(bundle.manifest, graphs={bundle.task("first").graph: changed})))
+        assert said(library).startswith(f"{tiny_copy}: the {RTX} engine of the base under 'first' can't be used: ")
 
 
 @pytest.mark.usefixtures("no_device")

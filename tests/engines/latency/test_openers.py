@@ -69,7 +69,7 @@ def test_the_bases_engine_has_to_be_built_too(rtx_copy: Path):
     with opener(RTX, 1) as opens, pytest.raises(EngineError) as refused:
         arms_of(open_bundle(rtx_copy), "first", opens)
     command = f"lorafuse build {rtx_copy} --task first --backend {RTX} --unadapted"
-    assert str(refused.value) == f"{rtx_copy}: the unadapted base of task 'first' has no {RTX} engine; run '{command}'"
+    assert str(refused.value) == f"{rtx_copy}: the base under task 'first' has no {RTX} engine; run '{command}'"
 
 
 @pytest.mark.usefixtures("with_a_device")
