@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import regex
 
 from lora.errors import AdapterError
 
 Number = TypeVar("Number", int, float)
+MATCH_SECONDS = 1.0
 
 # They steer training, or how a model is loaded; the merged weight does not depend on them.
 WITHOUT_EFFECT = frozenset(
@@ -148,14 +150,19 @@ def _refuse_bad_values(path: Path, config: PeftConfig) -> None:
             raise AdapterError(f"{path}: alpha of '{name}' is {alpha}; expected a finite number")
     for pattern in (*(config.rank_pattern or {}), *(config.alpha_pattern or {})):
         try:
-            re.compile(pattern)
-        except re.error as error:
+            re.compile(pattern), regex.compile(pattern)  # PEFT's reader, and ours, which can be stopped
+        except (re.error, regex.error) as error:
             raise AdapterError(f"{path}: pattern {pattern!r} is not a regular expression ({error})") from error
     if config.bias not in ("none", "all", "lora_only"):
         raise AdapterError(f"{path}: field 'bias' is {config.bias!r}; expected none, all or lora_only")
 
 
 def _by_pattern(patterns: dict[str, Number], module: str, default: Number) -> Number:
-    """The value of the first pattern that matches the whole module path or a dotted suffix of it."""
-    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(matches, default)
+    """The value of the first pattern that matches the whole module path or a dotted suffix of it. A pattern of a stranger may take forever."""
+    try:
+        matches = (value for pattern, value in patterns.items() if regex.match(rf"(.*\.)?({pattern})$", module, timeout=MATCH_SECONDS))
+        return next(matches, default)
+    except TimeoutError as error:
+        raise AdapterError(
+            f"a pattern of rank_pattern or alpha_pattern takes longer than {MATCH_SECONDS:g} s to match with '{module}'; write it without nested repetition"
+        ) from error

@@ -51,6 +51,16 @@ def test_a_field_that_changes_the_maths_is_refused_by_name(field: str, tmp_path:
     assert {"rank_pattern": "pattern", "r": "rank of 'r'"}.get(field, f"'{field}'") in str(refusal.value)
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_never_come_to_an_end_is_given_up(field: str, tmp_path: Path):
+    """A stranger's adapter is not to hang whoever looks at it."""
+    (module,) = {name.removesuffix(".lora_A.weight").removeprefix("base_model.model.") for name in SOUND if name.endswith(".lora_A.weight")}
+    long = {name.replace(module, "a" * 64): tensor for name, tensor in SOUND.items()}
+    with pytest.raises(AdapterError, match=r"takes longer than 1 s to match with 'a{64}'; write it without nested repetition") as refused:
+        read_peft(saved(tmp_path, long, **{field: {"((a|aa)+)+c": 2}}))
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("init", ["olora", "corda", "lora_ga", "loftq", "pissa_niter_16"])
 def test_an_initialisation_that_changes_the_base_is_refused(init: str, tmp_path: Path):
     with pytest.raises(AdapterError, match="changes the base before training"):
