@@ -23,6 +23,8 @@ TASK_TYPES: Mapping[str, tuple[str, ...]] = {
 }
 # What a task type alone does not say: the Whisper model that is exported is its encoder, whatever it was trained in.
 ENCODERS = ("whisper",)
+# Models of two parts, of which one is exported: what it is called, and what stands in the path of the other's modules.
+PARTS: Mapping[str, tuple[str, str]] = {"whisper": ("encoder", "decoder"), "clip": ("vision tower", "text_model")}
 # Task types whose head the adapter brings, in a size of its own.
 WITH_HEADS = (*CLASSIFIERS, "QUESTION_ANS")
 # The last linear layer of transformers' classification heads; its rows are the classes.
@@ -34,12 +36,15 @@ def head_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart:
 
     ``task_type`` is the user's word; without it the adapter's own counts, and without that the base's architecture.
     ``apart`` says that the base itself has an output embedding that is not the input's.
-    Raises ExportError for a task type that is not one of ``TASK_TYPES``, or a base without the configuration it needs.
+    Raises ExportError for a task type that is not one of ``TASK_TYPES``, an adapter of more than the part of a model that is exported,
+    or a base without the configuration it needs.
     """
     config = read_config(folder)
-    kind = task_type or adapter.task_type or _of_architecture(config)
+    kind = task_type or ("FEATURE_EXTRACTION" if config.get("model_type") in ENCODERS else adapter.task_type) or _of_architecture(config)
     if kind not in TASK_TYPES:
         raise ExportError(f"{adapter.path}: task_type {kind!r} can't be exported; expected one of {', '.join(TASK_TYPES)}")
+    if kind == "FEATURE_EXTRACTION":
+        _check_part(adapter, str(config.get("model_type")))
     if kind in WITH_HEADS:
         return Head(kind, _rows_of_head(adapter) or _classes(config))
     size = _first(config, ("vocab_size",) if kind.endswith("_LM") else ("projection_dim", "hidden_size", "d_model", "dim", "n_embd"))
@@ -59,10 +64,17 @@ def is_of_head(parameter: str) -> bool:
     return f".{parameter.rpartition('.')[0]}.weight".endswith(tuple(f".{weight}" for weight in HEAD_WEIGHTS))
 
 
+def _check_part(adapter: Adapter, model_type: str) -> None:
+    exported, other = PARTS.get(model_type, ("", ""))
+    for change in adapter.changes:
+        assert not isinstance(change, Blend)  # made by a merge of several adapters
+        path = change.parameter if isinstance(change, Replacement) else change.module
+        if other in path.split("."):
+            raise ExportError(f"{adapter.path}: changes '{path}', but of a {model_type} model the {exported} alone is exported; train one of the {exported}")
+
+
 def _of_architecture(config: Mapping[str, Any]) -> str:
     names = " ".join(map(str, config.get("architectures") or ()))
-    if config.get("model_type") in ENCODERS:
-        return "FEATURE_EXTRACTION"
     return next((kind for kind, suffixes in TASK_TYPES.items() if any(suffix in names for suffix in suffixes)), "FEATURE_EXTRACTION")
 
 

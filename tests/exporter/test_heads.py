@@ -79,6 +79,25 @@ def test_whisper_is_exported_as_an_encoder(base):
     assert head_of(adapter_with(None), config) == Head("FEATURE_EXTRACTION", 32)
 
 
+def test_what_whisper_was_trained_in_does_not_change_that(base):
+    config = base(architectures=["WhisperForConditionalGeneration"], model_type="whisper", vocab_size=96, d_model=32)
+    assert head_of(adapter_with("SEQ_2_SEQ_LM"), config) == Head("FEATURE_EXTRACTION", 32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "exported"),
+    [("whisper", "model.decoder.layers.0.encoder_attn.q_proj", "encoder"), ("clip", "text_model.encoder.layers.0.self_attn.q_proj", "vision tower")],
+)
+def test_an_adapter_of_the_part_that_is_not_exported_is_refused(base, model_type: str, module: str, exported: str):
+    config = base(model_type=model_type, d_model=32)
+    said = f"adapter: changes '{module}', but of a {model_type} model the {exported} alone is exported; train one of the {exported}"
+    with pytest.raises(ExportError) as refused:
+        head_of(adapter_with(None, low_rank(module)), config)
+    assert str(refused.value) == said
+    sound = low_rank(module.replace("decoder", "encoder").replace("text_model", "vision_model"))
+    assert head_of(adapter_with(None, sound), config).task_type == "FEATURE_EXTRACTION"
+
+
 def test_the_users_word_comes_first_then_the_adapters(base):
     config = base(**LANGUAGE)
     assert head_of(adapter_with("SEQ_CLS"), config, "CAUSAL_LM").task_type == "CAUSAL_LM"
