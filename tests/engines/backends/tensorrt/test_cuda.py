@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engines.backends import NoDeviceError
-from engines.backends.tensorrt.cuda import checked, cudart, require_device
+from engines.backends.tensorrt.cuda import Event, Stream, checked, cudart, require_device
 from lora.errors import EngineError
 
 pytestmark = pytest.mark.usefixtures("no_device")
@@ -56,3 +56,12 @@ def test_a_driver_that_finds_no_device_is_error_100(tmp_path: Path):
 def test_a_call_that_fails_carries_cudas_words():
     with pytest.raises(EngineError, match=r"\ACUDA error \d+: \w"):
         checked(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
+
+
+def test_an_events_calls_take_what_they_are_given():
+    """The bindings check what they are handed before they ask the driver."""
+    with pytest.raises(EngineError, match="CUDA error 35"):
+        Event(Stream.__new__(Stream))
+    event, handle = cudart.cudaEvent_t(0), 0
+    for status, *_ in (cudart.cudaEventRecord(event, handle), cudart.cudaEventElapsedTime(event, event), cudart.cudaEventDestroy(event)):
+        assert int(status) == 35
