@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.bases.checkpoint import fingerprint
+from lora.durable import flush
 from lora.errors import AdapterError
 from lora.saving import save
 from lora.terminal import Step
@@ -80,7 +81,7 @@ def finetune(course: Course, out: Path, step: Step) -> Trained:
         round(time.monotonic() - started, 1),
         outcome,
     )
-    _write(course, learner, trained)
+    _write(course, learner, trained, work)
     shutil.rmtree(work)
     return trained
 
@@ -117,8 +118,15 @@ def _base_loss(learner: Learner, validation: Examples) -> float:
     return sum(losses) / len(losses)
 
 
-def _write(course: Course, learner: Learner, trained: Trained) -> None:
-    save(learner.model, learner.injection, trained.folder, TASK_TYPES[course.kind], fingerprint(course.base))
+def _write(course: Course, learner: Learner, trained: Trained, work: Path) -> None:
+    """The folder is there whole or not at all: it is made among the checkpoints, and then renamed."""
+    made = work / "adapter"
+    shutil.rmtree(made, ignore_errors=True)
+    save(learner.model, learner.injection, made, TASK_TYPES[course.kind], fingerprint(course.base))
     record: dict[str, Any] = {**asdict(trained), "folder": None, "course": asdict(course)}
-    (trained.folder / RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n")
-    draw(trained.outcome.points, trained.folder / CURVE)
+    (made / RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n")
+    draw(trained.outcome.points, made / CURVE)
+    for path in (made / RECORD, made / CURVE, made):
+        flush(path)
+    made.rename(trained.folder)
+    flush(trained.folder.parent)

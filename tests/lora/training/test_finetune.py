@@ -20,6 +20,7 @@ import torch
 import transformers
 from demo_tasks import DATA, SUPERSENSE
 
+import lora.training.finetune
 import lora.training.run
 from exporter.task import Request, export_task
 from lora.errors import AdapterError, CheckpointError, LorafuseError
@@ -111,9 +112,15 @@ def die_in_checkpoint(number: int) -> Callable[..., None]:
     return quiet
 
 
+def die_at_the_end() -> Callable[..., None]:
+    """When the adapter is written, and its record, but not yet the curve."""
+    lora.training.finetune.draw = lambda points, path: os.kill(os.getpid(), signal.SIGKILL)  # of the child only
+    return quiet
+
+
 @pytest.mark.parametrize("kind", ["classification", "causal-lm"])
 def test_a_killed_run_goes_on_to_the_same_weights(course: Callable[..., Course], tmp_path: Path, kind: Kind):
-    """Killed at a random step, and again, and while a checkpoint is written: the bytes are those of an unbroken run."""
+    """Killed at a random step, and again, while a checkpoint is written, and at the very end: the bytes are those of an unbroken run."""
     given = course(kind)
     unbroken = finetune(given, tmp_path / "unbroken", quiet)
     chance = random.Random(kind)
@@ -122,8 +129,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(course: Callable[..., Course],
     assert not (tmp_path / "broken").exists()
     killed(given, tmp_path / "broken", lambda: die_in_checkpoint(2))
     killed(given, tmp_path / "broken", lambda: die_at(chance.randrange(first + 3, unbroken.outcome.planned)))
+    killed(given, tmp_path / "broken", die_at_the_end)
+    assert not (tmp_path / "broken").exists()
     again = finetune(given, tmp_path / "broken", quiet)
-    assert 0 < again.outcome.resumed < unbroken.outcome.planned
+    assert 0 < again.outcome.resumed <= unbroken.outcome.planned
     assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
     assert again.scores == unbroken.scores
     assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "loss.png", "training.json"]
