@@ -27,7 +27,7 @@ class Tensor(ctypes.Structure):
     ]
 
 
-def main(library: str, bundle: str, mode: int, memory: int) -> None:
+def main(library: str, bundle: str, mode: int, memory: int, backend: int = 0) -> None:
     api = ctypes.CDLL(library)
     api.lorafuse_error.restype = ctypes.c_char_p
     api.lorafuse_output.restype = Tensor
@@ -40,7 +40,7 @@ def main(library: str, bundle: str, mode: int, memory: int) -> None:
         getattr(api, name).argtypes = [ctypes.c_void_p]
     api.lorafuse_output.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     runtime = ctypes.c_void_p()
-    options = Options(mode, 0, 1, memory, None)
+    options = Options(mode, backend, 1, memory, None)
     if api.lorafuse_open(bundle.encode(), ctypes.byref(options), ctypes.byref(runtime)):
         print(json.dumps({"error": api.lorafuse_error().decode()}))
         return
@@ -104,4 +104,4 @@ def anonymous() -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

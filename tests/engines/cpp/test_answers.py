@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from compiled import HERE, Built
+from compiled import HERE, Built, run
 
 import engines
 import exporter
@@ -181,6 +181,19 @@ def test_what_c_can_do_wrong_is_refused(ask_by_c: Any, bundle: Bundle):
     assert ask("dense", {"input_ids": Longer(ids)}) == {"error": "input 'input_ids' has 40 bytes; its shape takes 32"}
     names = [port.name for port in bundle.graph(bundle.task("dense")).inputs]
     assert ask("dense", dict.fromkeys(names, ids.astype(np.int8))) == {"error": "a dtype that there is not; expected one of lorafuse::DType"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend", "said"),
+    [
+        (7, 0, "mode 7 is not known; expected LORAFUSE_DEDICATED or LORAFUSE_RESIDENT"),
+        (0, 9, "backend 9 is not known; expected LORAFUSE_ONNXRUNTIME, LORAFUSE_TENSORRT or LORAFUSE_TENSORRT_RTX"),
+        (0, 1, "this library was built without TensorRT; build it with TENSORRT_ROOT, as docs/cpp.md says"),
+    ],
+)
+def test_an_option_of_c_that_there_is_not_is_refused(built: Built, bundle: Bundle, mode: int, backend: int, said: str):
+    printed = run(sys.executable, HERE / "by_c.py", built.shared / "liblorafuse.so", bundle.path, str(mode), "0", str(backend))
+    assert json.loads(printed) == {"error": said}
 
 
 def test_c_sees_the_tasks_and_their_labels(ask_by_c: Any, bundle: Bundle):
