@@ -1,4 +1,4 @@
-"""What a run takes on the device, by its own clock: the host's time has the calls, the waiting and the copies in it."""
+"""What a run takes on the device, by its own clock: the host's time has the waiting and all the copies in it."""
 
 from __future__ import annotations
 

@@ -85,6 +85,15 @@ def test_a_recorded_cuda_graph_answers_as_the_first_run(built: Path, flavour: Ba
         np.testing.assert_array_equal(first, third)
 
 
+def test_shapes_that_change_from_run_to_run_never_meet_a_graph_of_others(built: Path, flavour: BackendName):
+    given = list(inputs_of(open_bundle(built)))
+    wanted = outputs(built, flavour)
+    with engines.load(built, "first", flavour) as session:
+        for order in ((0, 1, 0, 0, 0, 1, 1, 1, 2, 0, 0), (2, 1, 2, 1, 2, 2, 2)):
+            for index in order:
+                np.testing.assert_array_equal(session.run(given[index])["logits"], wanted[index])
+
+
 def test_contexts_over_one_engine_answer_alike(built: Path, flavour: BackendName):
     with engines.load(built, "first", flavour) as session, session.sibling() as other:
         for inputs in inputs_of(open_bundle(built)):

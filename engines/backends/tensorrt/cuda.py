@@ -6,6 +6,8 @@ API: https://nvidia.github.io/cuda-python/cuda-bindings/latest/module/runtime.ht
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +56,19 @@ def device() -> Device:
     require_device()
     properties = checked(cudart.cudaGetDeviceProperties(0))
     return Device(properties.name.decode(errors="replace"), properties.major, properties.minor)
+
+
+@contextmanager
+def on_first_device() -> Iterator[None]:
+    """Inside, the first device is this thread's, whatever other libraries have made it; afterwards it is as it was."""
+    current = int(checked(cudart.cudaGetDevice()))
+    if current:
+        checked(cudart.cudaSetDevice(0))
+    try:
+        yield
+    finally:
+        if current:
+            checked(cudart.cudaSetDevice(current))
 
 
 def checked(result: tuple[Any, ...]) -> Any:
@@ -113,10 +128,13 @@ class Buffer:
 
 
 class Event:
-    """A moment on a stream."""
+    """A moment on a stream, once it is recorded."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self) -> None:
         self._handle = checked(cudart.cudaEventCreate())
+
+    def record(self, stream: Stream) -> None:
+        """When the stream gets here."""
         checked(cudart.cudaEventRecord(self._handle, stream.handle))
 
     def until(self, later: Event) -> float:
@@ -141,6 +159,11 @@ class CudaGraph:
     def begin(stream: Stream) -> None:
         """From here on, what is put on the stream is recorded and not run."""
         checked(cudart.cudaStreamBeginCapture(stream.handle, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+
+    @staticmethod
+    def abandon(stream: Stream) -> None:
+        """End a recording that failed. CUDA's complaint about it says nothing new."""
+        cudart.cudaStreamEndCapture(stream.handle)
 
     def launch(self) -> None:
         """Put it all on the stream."""

@@ -37,6 +37,7 @@ def builds_for_this_device(trt: Any) -> bool:
 
 def _build(trt: Any, model: Model, options: BuildOptions, progress: Progress) -> Plan:
     log, monitor = log_of(trt), monitor_of(trt, progress)
+    log.begin()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     progress("parsing the model")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import ml_dtypes
 import numpy as np
 
-from engines.backends.tensorrt.cuda import Buffer, CudaGraph, Event, Stream, require_device
+from engines.backends.tensorrt.cuda import Buffer, CudaGraph, Event, Stream, on_first_device, require_device
 from engines.backends.tensorrt.log import log_of
 from engines.backends.tensorrt.refit import refit
 from lora.errors import EngineError
@@ -36,26 +36,29 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "UINT8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-GRAPHS = 16  # captured at most; the one used longest ago makes room
 
 
 def open_session(trt: Any, plan: Path, values: Mapping[str, Array]) -> TensorRTSession:
     """Load ``plan``, and put ``values`` in the place of its weights of those names. Raises NoDeviceError, EngineError."""
     require_device()
     log = log_of(trt)
-    runtime = trt.Runtime(log)
-    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
-    if engine is None:
-        raise log.error(f"{plan}: the plan was refused")
-    if values:
-        refit(trt, engine, values, log)
-    return TensorRTSession(trt, runtime, engine, log)
+    log.begin()
+    with on_first_device():
+        runtime = trt.Runtime(log)
+        engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+        if engine is None:
+            raise log.error(f"{plan}: the plan was refused")
+        if values:
+            refit(trt, engine, values, log)
+        return TensorRTSession(trt, runtime, engine, log)
 
 
 class TensorRTSession:
     """An engine with a context and buffers of its own; not thread-safe: give each thread a ``sibling``.
 
-    With ``graphs``, the second run of the same shapes is recorded as a CUDA graph, and later ones launch it.
+    With ``graphs``, the second of several runs of the same shapes is recorded as a CUDA graph, and those that follow launch it. A graph
+    holds for the context as it was: other shapes end it, and the first run of any shape is plain, for TensorRT may then still allocate.
+    RTX specialises its kernels while it runs, and has graphs of its own: its runs are not recorded.
     """
 
     def __init__(self, trt: Any, runtime: Any, engine: tensorrt.ICudaEngine, log: Any, graphs: bool = True) -> None:
@@ -71,33 +74,57 @@ class TensorRTSession:
         self._dtypes = {name: DTYPES[engine.get_tensor_dtype(name).name] for name in names}
         self._buffers: dict[str, Buffer] = {}
         self._profile = 0
-        self._graphs: dict[Shapes, CudaGraph | None] | None = {} if graphs else None
+        self._shapes: Shapes | None = None  # those of the last run, to which the context is set
+        self._graph: CudaGraph | None = None
+        self._records = graphs and not hasattr(context, "is_stream_capturable")  # which RTX alone has
         self._allocate()
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs by name, copied out of the buffers."""
-        shapes, sizes = self._prepare(inputs)
-        self._execute(shapes, sizes)
-        self._stream.wait()
-        return {name: self._buffers[name].host(sizes[name], self._dtypes[name]).copy() for name in self._outputs}
+        self._check(inputs)
+        with on_first_device():
+            shapes = self._shapes_of(inputs)
+            again = shapes == self._shapes
+            if not again:
+                self._set_shapes(shapes)
+            self._fill(inputs)
+            sizes = self._sizes()
+            if again:
+                self._run_again(sizes)
+            else:
+                self._enqueue(sizes)
+            self._stream.wait()
+            self._shapes = shapes
+            return {name: self._buffers[name].host(sizes[name], self._dtypes[name]).copy() for name in self._outputs}
 
     def stages(self, inputs: Mapping[str, Array]) -> tuple[float, float, float]:
-        """What a run takes on the device, in ms and without a recorded graph: the copies there, the engine, the copies back."""
-        _, sizes = self._prepare(inputs)
-        moments = [Event(self._stream)]
-        for stage in (self._copy_in, self._compute, self._copy_out):
-            stage(sizes)
-            moments.append(Event(self._stream))
-        self._stream.wait()
-        there, engine, back = (earlier.until(later) for earlier, later in pairwise(moments))
-        for moment in moments:
-            moment.close()
+        """What a run takes on the device, in ms and without a recorded graph: the copies there, the engine, the copies back.
+
+        A run goes before it, so that the stream is busy while the host puts this one on it; where it launches more slowly
+        than the device computes, its launches are in the time.
+        """
+        self._check(inputs)
+        with on_first_device():
+            self._set_shapes(self._shapes_of(inputs))
+            self._fill(inputs)
+            sizes, moments = self._sizes(), [Event() for _ in range(4)]
+            self._enqueue(sizes)
+            moments[0].record(self._stream)
+            for stage, moment in zip((self._copy_in, self._compute, self._copy_out), moments[1:], strict=True):
+                stage(sizes)
+                moment.record(self._stream)
+            self._stream.wait()
+            there, engine, back = (earlier.until(later) for earlier, later in pairwise(moments))
+            for moment in moments:
+                moment.close()
         return there, engine, back
 
     def refit(self, values: Mapping[str, Array]) -> None:
-        """Exchange weights, by initializer names and in the graph's axis order. Recorded graphs are dropped; run nothing meanwhile."""
-        self._drop_graphs()
-        refit(self._trt, self._engine, values, self._log)
+        """Exchange weights, by initializer names and in the graph's axis order. A recorded graph is dropped; run nothing meanwhile."""
+        with on_first_device():
+            self._drop_graph()
+            self._shapes = None
+            refit(self._trt, self._engine, values, self._log)
 
     def layers(self) -> str:
         """What the engine consists of, as TensorRT's inspector says it, in JSON."""
@@ -107,28 +134,37 @@ class TensorRTSession:
 
     def sibling(self) -> TensorRTSession:
         """Another context over the same engine's weights, with a stream and buffers of its own."""
-        return TensorRTSession(self._trt, self._runtime, self._engine, self._log, graphs=self._graphs is not None)
+        with on_first_device():
+            return TensorRTSession(self._trt, self._runtime, self._engine, self._log, graphs=self._records)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._drop_graphs()
-        for buffer in self._buffers.values():
-            buffer.close()
-        self._stream.close()
-        del self._context, self._engine, self._runtime
+        with on_first_device():
+            self._drop_graph()
+            for buffer in self._buffers.values():
+                buffer.close()
+            self._stream.close()
+            del self._context, self._engine, self._runtime
 
-    def _prepare(self, inputs: Mapping[str, Array]) -> tuple[Shapes, Sizes]:
-        """Set the context's shapes and fill the pinned buffers: the inputs' shapes, and those of all tensors by name."""
-        self._check(inputs)
-        shapes = tuple(inputs[name].shape for name in self._inputs)
+    def _shapes_of(self, inputs: Mapping[str, Array]) -> Shapes:
+        return tuple(inputs[name].shape for name in self._inputs)
+
+    def _set_shapes(self, shapes: Shapes) -> None:
+        self._drop_graph()
+        self._shapes = None
         self._choose_profile(shapes)
         for name, shape in zip(self._inputs, shapes, strict=True):
             if not self._context.set_input_shape(name, shape):
                 raise self._log.error(f"input '{name}' of shape {shape} was refused")
-            self._buffers[name].host(shape, self._dtypes[name])[...] = inputs[name]
-        return shapes, {name: tuple(self._context.get_tensor_shape(name)) for name in (*self._inputs, *self._outputs)}
+
+    def _fill(self, inputs: Mapping[str, Array]) -> None:
+        for name in self._inputs:
+            self._buffers[name].host(inputs[name].shape, self._dtypes[name])[...] = inputs[name]
+
+    def _sizes(self) -> Sizes:
+        return {name: tuple(self._context.get_tensor_shape(name)) for name in (*self._inputs, *self._outputs)}
 
     def _check(self, inputs: Mapping[str, Array]) -> None:
         if inputs.keys() != set(self._inputs):
@@ -175,20 +211,28 @@ class TensorRTSession:
             self._buffers[name] = Buffer(size)
             self._context.set_tensor_address(name, self._buffers[name].device)
 
-    def _execute(self, shapes: Shapes, sizes: Sizes) -> None:
-        if self._graphs is None or shapes not in self._graphs:
-            self._enqueue(sizes)  # the first run of a shape may allocate and compile, which a recording may not
-            self._remember(shapes, None)
-            return
-        graph = self._graphs[shapes]
-        if graph is None:
-            CudaGraph.begin(self._stream)
-            try:
-                self._enqueue(sizes)
-            finally:
-                graph = CudaGraph(self._stream)
-        self._remember(shapes, graph)
-        graph.launch()
+    def _run_again(self, sizes: Sizes) -> None:
+        """Launch what was recorded, or record it first, where that can be done."""
+        if self._graph is None and self._records:
+            self._graph = self._recorded(sizes)
+            self._records = self._graph is not None
+        if self._graph is None:
+            self._enqueue(sizes)
+        else:
+            self._graph.launch()
+
+    def _recorded(self, sizes: Sizes) -> CudaGraph | None:
+        """A run as a graph; None for an engine that does what can't be recorded."""
+        CudaGraph.begin(self._stream)
+        try:
+            self._enqueue(sizes)
+        except EngineError:
+            CudaGraph.abandon(self._stream)
+            return None
+        try:
+            return CudaGraph(self._stream)
+        except EngineError:
+            return None
 
     def _enqueue(self, sizes: Sizes) -> None:
         self._copy_in(sizes)
@@ -210,20 +254,7 @@ class TensorRTSession:
     def _bytes(self, name: str, sizes: Sizes) -> int:
         return int(np.prod(sizes[name])) * self._dtypes[name].itemsize
 
-    def _remember(self, shapes: Shapes, graph: CudaGraph | None) -> None:
-        """Move the shapes to the end: the first are those used longest ago."""
-        if self._graphs is None:
-            return
-        self._graphs.pop(shapes, None)
-        self._graphs[shapes] = graph
-        if len(self._graphs) > GRAPHS:
-            oldest = self._graphs.pop(next(iter(self._graphs)))
-            if oldest is not None:
-                oldest.close()
-
-    def _drop_graphs(self) -> None:
-        for graph in (self._graphs or {}).values():
-            if graph is not None:
-                graph.close()
-        if self._graphs is not None:
-            self._graphs.clear()
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.close()
+        self._graph = None

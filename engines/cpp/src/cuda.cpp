@@ -39,6 +39,15 @@ Device first_device() {
     return {properties.name, attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
+OnFirstDevice::OnFirstDevice() {
+    check(cudaGetDevice(&before_));
+    if (before_ != 0) check(cudaSetDevice(0));
+}
+
+OnFirstDevice::~OnFirstDevice() {
+    if (before_ != 0) cudaSetDevice(before_);
+}
+
 Stream::Stream() { check(cudaStreamCreateWithFlags(&handle_, cudaStreamNonBlocking)); }
 
 Stream::~Stream() { cudaStreamDestroy(handle_); }

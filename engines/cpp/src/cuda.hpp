@@ -12,6 +12,18 @@ namespace lorafuse {
 // The first device. Throws Error where there is none; to be asked before TensorRT's runtime is made, which may crash without one.
 Device first_device();
 
+// Inside, the first device is this thread's, whatever the program has made it; afterwards it is as it was.
+class OnFirstDevice {
+public:
+    OnFirstDevice();
+    ~OnFirstDevice();
+    OnFirstDevice(const OnFirstDevice&) = delete;
+    OnFirstDevice& operator=(const OnFirstDevice&) = delete;
+
+private:
+    int before_ = 0;
+};
+
 // A stream of its own, so that tasks do not wait for each other.
 class Stream {
 public:

@@ -20,6 +20,13 @@ std::string quoted(const std::string& word) {
     return text + "'";
 }
 
+// Python's package of TensorRT up to 10.7 says three parts of its version, and what it is the how-manyth package of.
+bool is_version(const std::string& recorded, const std::string& library) {
+    const std::string parts = recorded.substr(0, recorded.find(".post"));
+    const bool has_three = std::count(parts.begin(), parts.end(), '.') == 2;
+    return parts == library || (has_three && library.compare(0, parts.size() + 1, parts + ".") == 0);
+}
+
 // Which plan of a task is meant: its own, or the unadapted graph's.
 struct Wanted {
     const Bundle& bundle;
@@ -73,7 +80,7 @@ std::filesystem::path plan_of(const Bundle& bundle, const TaskRecord& task, bool
     }
     if (!engine.file) throw wanted.unusable("the manifest names no plan", engine.mode);
     std::filesystem::path plan = bundle.checked(*engine.file);
-    if (engine.version != library.version) {
+    if (!is_version(engine.version, library.version)) {
         throw wanted.unusable("it was built by version " + engine.version + ", and this is " + library.version, engine.mode);
     }
     const Device device = library.device();

@@ -38,6 +38,7 @@ public:
     void log(Severity severity, const char* message) noexcept override try {
         if (severity > Severity::kERROR) return;
         const std::lock_guard lock(mutex_);
+        if (said_.size() > kKept) said_.clear();
         said_ += (said_.empty() ? "" : "; ") + std::string(message);
     } catch (const std::exception&) {  // no memory for the line
     }
@@ -51,13 +52,21 @@ public:
     }
 
 private:
+    static constexpr std::size_t kKept = 1u << 14;
+
     std::mutex mutex_;
     std::string said_;
 };
 
+// One, and never given back: TensorRT keeps the first logger that it is handed for all that comes later.
+Log& the_log() {
+    static Log& log = *new Log;
+    return log;
+}
+
 template <typename T>
-std::unique_ptr<T> made(T* object, Log& log, const std::string& otherwise) {
-    if (object == nullptr) throw log.error(otherwise);
+std::unique_ptr<T> made(T* object, const std::string& otherwise) {
+    if (object == nullptr) throw the_log().error(otherwise);
     return std::unique_ptr<T>(object);
 }
 
@@ -112,9 +121,9 @@ struct Profile {
 class Plan : public Loaded {
 public:
     explicit Plan(const std::filesystem::path& path)
-        : runtime_(made(nvinfer1::createInferRuntime(log_), log_, "no runtime could be made")),
+        : runtime_(made(nvinfer1::createInferRuntime(the_log()), "no runtime could be made")),
           engine_(deserialized(path)),
-          context_(made(engine_->createExecutionContext(), log_, "no execution context could be made")) {
+          context_(made(engine_->createExecutionContext(), "no execution context could be made")) {
         read_ports();
         allocate();
     }
@@ -123,12 +132,13 @@ public:
         check_sizes(inputs);
         if (const auto reason = misfit(inputs, inputs_)) throw Error(*reason);
         const std::lock_guard lock(mutex_);
+        const OnFirstDevice here;
         set_shapes(inputs);
         for (const auto& [name, tensor] : inputs) {
             if (tensor.bytes > 0) std::memcpy(buffers_.at(name).pinned(), tensor.data, tensor.bytes);
             buffers_.at(name).to_device(tensor.bytes, stream_);
         }
-        if (!context_->enqueueV3(stream_.handle())) throw log_.error("the engine did not run");
+        if (!context_->enqueueV3(stream_.handle())) throw the_log().error("the engine did not run");
         Outputs outputs;
         for (const auto& [name, dtype] : outputs_) outputs.emplace(name, output(name, dtype));
         stream_.wait();
@@ -141,7 +151,7 @@ public:
 private:
     std::unique_ptr<nvinfer1::ICudaEngine> deserialized(const std::filesystem::path& path) {
         const MappedFile plan(path);
-        return made(runtime_->deserializeCudaEngine(plan.data(), plan.size()), log_, path.string() + ": the plan was refused");
+        return made(runtime_->deserializeCudaEngine(plan.data(), plan.size()), path.string() + ": the plan was refused");
     }
 
     void read_ports() {
@@ -178,14 +188,14 @@ private:
         }
         for (const auto& [name, size] : sizes) {
             const Buffer& buffer = buffers_.try_emplace(name, size).first->second;
-            if (!context_->setTensorAddress(name.c_str(), buffer.device())) throw log_.error("no address for '" + name + "'");
+            if (!context_->setTensorAddress(name.c_str(), buffer.device())) throw the_log().error("no address for '" + name + "'");
         }
     }
 
     void choose(std::size_t profile) const {
         if (profile == profile_) return;
         if (!context_->setOptimizationProfileAsync(static_cast<std::int32_t>(profile), stream_.handle())) {
-            throw log_.error("optimization profile " + std::to_string(profile) + " was refused");
+            throw the_log().error("optimization profile " + std::to_string(profile) + " was refused");
         }
         stream_.wait();
         profile_ = profile;
@@ -193,7 +203,7 @@ private:
 
     void set_shape(const std::string& name, const Shape& shape) const {
         if (!context_->setInputShape(name.c_str(), dims_of(shape)))
-            throw log_.error("input " + shown({{name, shape}}) + " was refused");
+            throw the_log().error("input " + shown({{name, shape}}) + " was refused");
     }
 
     // By the last profile that takes the shapes: later ones are narrower.
@@ -224,7 +234,6 @@ private:
         return Tensor(std::move(content), std::shared_ptr<void>(memory, memory->data()));
     }
 
-    mutable Log log_;
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
     std::unique_ptr<nvinfer1::IExecutionContext> context_;
@@ -237,6 +246,13 @@ private:
     mutable std::mutex mutex_;  // one context: runs take turns
 };
 
+// Where it was loaded.
+void unload(const Plan* plan) try {
+    const OnFirstDevice here;
+    delete plan;
+} catch (const Error&) {  // there is no device any more, and so nothing to be given back
+}
+
 class TensorRTLoader : public Loader {
 public:
     explicit TensorRTLoader(const Bundle& bundle) : bundle_(bundle) {}
@@ -245,7 +261,9 @@ public:
     bool takes(const TaskRecord&) const override { return true; }
 
     std::shared_ptr<const Loaded> load(const TaskRecord& task, bool adapted) override {
-        return std::make_shared<Plan>(plan_of(bundle_, task, adapted, {kBackend, version(), first_device}));
+        const std::filesystem::path plan = plan_of(bundle_, task, adapted, {kBackend, version(), first_device});
+        const OnFirstDevice here;
+        return {new Plan(plan), unload};
     }
 
     std::uint64_t cost(const TaskRecord& task, bool adapted) const override { return plan_size(bundle_, task, adapted, kBackend); }

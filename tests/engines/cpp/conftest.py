@@ -23,5 +23,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Built:
     with FileLock(f"{folder}.lock"):
         shared = configured(folder / "shared", "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", f"-DCMAKE_INSTALL_PREFIX={folder / 'installed'}")
         sanitized = configured(folder / "sanitized", "-DCMAKE_CXX_FLAGS=-Werror -O1 -g1", "-DLORAFUSE_SANITIZE=address,undefined", f"-DLORAFUSE_TESTS={HERE}")
-        tensorrt = configured(folder / "tensorrt", *tensorrt_root(folder / "roots"))
+        tensorrt = configured(
+            folder / "tensorrt", "-DBUILD_SHARED_LIBS=ON", f"-DCMAKE_INSTALL_PREFIX={folder / 'with-tensorrt'}", *tensorrt_root(folder / "roots")
+        )
     return Built(shared, sanitized, tensorrt)

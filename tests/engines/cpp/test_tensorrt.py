@@ -113,6 +113,15 @@ def test_a_device_takes_the_same_targets(built: Built, rtx_copy: Path, target: s
         assert in_cpp(built, bundle, library) == in_python(bundle, library)
 
 
+@pytest.mark.parametrize("version", ["10.0.1", "10.0.1.post1", "10.0.1.6", "10.0", "10.0.1.60", "10.0.10", "10.0.2"])
+def test_the_version_of_a_package_is_that_of_its_library(built: Built, rtx_copy: Path, version: str):
+    """Packages up to TensorRT 10.7 say three parts of four."""
+    fits = version in ("10.0.1", "10.0.1.post1", "10.0.1.6")
+    (plan,) = (rtx_copy / "engines").iterdir()
+    said = in_cpp(built, recorded(rtx_copy, version=version), Library("10.0.1.6", 8, 9))
+    assert said == str(plan) if fits else f"it was built by version {version}, and this is 10.0.1.6; run" in said
+
+
 def test_a_path_that_a_shell_would_read_is_quoted_in_the_same_way(built: Built, rtx_copy: Path, tmp_path: Path):
     odd = rtx_copy.rename(tmp_path / "it's a $bundle")
     bundle = recorded(odd, version="0.9")
@@ -177,6 +186,14 @@ def test_what_a_build_can_not_do_is_refused(built: Built, tiny_copy: Path):
     assert ask(built.tensorrt, tiny_copy, "--backend", "tensorrt") == "this library was built with tensorrt-rtx, not with tensorrt\n"
     assert ask(built.tensorrt, tiny_copy, "--mode", "resident") == "TensorRT's plans are each a task's own; choose Mode::dedicated\n"
     assert ask(built.tensorrt, tiny_copy, "--backend", "both") == "backend 'both' is not known; expected onnxruntime, tensorrt or tensorrt-rtx\n"
+
+
+def test_an_installed_library_finds_tensorrt_where_it_was_built_with_it(built: Built):
+    run("cmake", "--install", built.tensorrt)
+    (library,) = (built.tensorrt.parent / "with-tensorrt").rglob("liblorafuse.so.0")
+    needed = {name: place for name, _, place in (line.strip().partition(" => ") for line in run("ldd", library).splitlines())}
+    for name, root in (("libtensorrt_rtx.so.1", "tensorrt"), ("libcudart.so.13", "cuda")):
+        assert needed[name].startswith(str(built.tensorrt.parent / "roots" / root))
 
 
 def test_a_build_with_tensorrt_still_runs_on_onnx_runtime(built: Built, tiny_copy: Path):
