@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora.adapter import LowRank
 from lora.delta import changed
 from lora.errors import AdapterError
 
 CHILD = "lora"
+SCALE = "embed_scale"  # by which transformers' scaled embeddings multiply what they look up
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Injection:
 class Lora(nn.Module):
     """The factors of one layer: A (parts · rank, in), random as the paper's code has it, and B (parts · out, rank), zero.
 
-    In float32 whatever the layer's dtype. ``kept`` is the layer's W0 while the merged weight stands in its place.
+    In float32 whatever the layer's dtype. ``kept`` holds the layer's W0 while a merged weight stands in its place: in a
+    tuple, so that torch does not take it for a parameter of this module.
     """
 
     def __init__(self, layer: nn.Module, rank: int, scaling: float, dropout: float = 0.0, parts: Sequence[bool] = (True,)) -> None:
@@ -56,7 +59,7 @@ class Lora(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.A = nn.Parameter(torch.empty(rank * sum(parts), in_features))
         self.B = nn.Parameter(torch.empty(out_features // len(parts) * sum(parts), rank))
-        self.kept: Tensor | None = None
+        self.kept: tuple[nn.Parameter] | None = None
         self.reset(isinstance(layer, nn.Embedding))
 
     def reset(self, embedding: bool) -> None:
@@ -104,14 +107,16 @@ def inject(model: nn.Module, injection: Injection) -> dict[str, Lora]:
         raise AdapterError(f"rank {injection.rank}: expected at least 1")
     heads = _heads(model, injection.heads)
     scaling = injection.alpha / injection.rank
-    layers = {path: _checked(path, layer, injection.parts) for path, layer in chosen_layers(model, injection.targets).items()}
+    layers = {path: _checked(path, layer, injection.parts) for path, layer in chosen_layers(model, injection.targets).items() if not _is_in(path, heads)}
+    if not layers:
+        raise AdapterError(f"all that the targets name is trained whole, as part of {', '.join(heads)}; choose other targets")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = any(f".{head}." in f".{name}" for head in heads)
+        parameter.requires_grad = _is_in(name, heads)
     return {path: attach(layer, Lora(layer, injection.rank, scaling, injection.dropout, injection.parts)) for path, layer in layers.items()}
 
 
 def attach(layer: nn.Module, factors: Lora) -> Lora:
-    """Make ``factors`` part of the layer."""
+    """Make ``factors`` part of the layer, which has none yet."""
     layer.add_module(CHILD, factors.to(next(layer.parameters()).device))
     layer.register_forward_hook(_add_update)
     return factors
@@ -121,16 +126,17 @@ def merge(model: nn.Module) -> None:
     """Put ``W0 + scaling · B · A`` in W0's place, computed in float32 and rounded once, and keep W0 aside."""
     for path, layer, factors in adapted(model):
         if factors.kept is None:
-            factors.kept = layer.weight.data
-            exact = changed(factors.update(path), np.asarray(factors.kept.float().cpu()))
-            layer.weight.data = torch.from_numpy(exact).to(factors.kept)
+            weight = layer.weight
+            exact = changed(factors.update(path), np.asarray(weight.detach().float().cpu()))
+            # A parameter of the layer's own: what is tied to W0 is not to change with it.
+            factors.kept, layer.weight = (weight,), nn.Parameter(torch.from_numpy(exact).to(weight), requires_grad=False)
 
 
 def unmerge(model: nn.Module) -> None:
     """Put W0 back, bit for bit: it was kept. Subtracting the update would leave what two roundings cost."""
     for _, layer, factors in adapted(model):
         if factors.kept is not None:
-            layer.weight.data, factors.kept = factors.kept, None
+            (layer.weight,), factors.kept = factors.kept, None
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Any, Lora]]:
@@ -170,7 +176,14 @@ def _heads(model: nn.Module, heads: Sequence[str]) -> list[str]:
     return list(heads)
 
 
+def _is_in(path: str, modules: Sequence[str]) -> bool:
+    """Whether it is the path of one of the modules, or of what is in it."""
+    return any(f".{module}." in f".{path}." for module in modules)
+
+
 def _checked(path: str, layer: nn.Module, parts: Sequence[bool]) -> nn.Module:
+    if CHILD in layer._modules:
+        raise AdapterError(f"'{path}' has LoRA already; take a model that has none")
     if not _has_lora(layer):
         raise AdapterError(f"'{path}' is a {type(layer).__name__}; LoRA here is for Linear, Conv1D and Embedding layers, choose other targets")
     if not any(parts) or _features(layer)[0] % len(parts):
@@ -179,7 +192,10 @@ def _checked(path: str, layer: nn.Module, parts: Sequence[bool]) -> nn.Module:
 
 
 def _has_lora(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | nn.Embedding) or type(layer).__name__ == "Conv1D"
+    """Whether the layer's forward is what its weight says; that of torch's own attention is never called."""
+    if isinstance(layer, nn.Embedding):
+        return type(layer) is nn.Embedding or hasattr(layer, SCALE)
+    return (isinstance(layer, nn.Linear) and not isinstance(layer, NonDynamicallyQuantizableLinear)) or type(layer).__name__ == "Conv1D"
 
 
 def _features(layer: Any) -> tuple[int, int]:
@@ -192,5 +208,5 @@ def _add_update(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) ->
     factors = cast("Lora", layer.get_submodule(CHILD))
     if factors.kept is not None:
         return output
-    update: Tensor = factors(layer, inputs[0])
+    update: Tensor = factors(layer, inputs[0]) * getattr(layer, SCALE, 1.0)
     return (output + update).to(output.dtype)

@@ -25,12 +25,11 @@ def save(model: nn.Module, injection: Injection, folder: Path, task_type: str | 
     """Write what was trained: the factors, and the heads whole. The folder must not exist; it is there whole or not at all.
 
     A fused layer's parts are one product with zeros between the blocks, of ``parts · rank`` and the same scaling.
-    Raises AdapterError when the folder exists or can't be written.
+    Raises AdapterError when the folder exists or can't be written, or the file could not say how the layers store their weights.
     """
     if folder.exists():
         raise AdapterError(f"{folder}: exists already; choose another folder, or remove it")
     count = sum(injection.parts)
-    transposed = {factors.transposed for _, layer, factors in adapted(model) if not isinstance(layer, nn.Embedding)}
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -39,7 +38,7 @@ def save(model: nn.Module, injection: Injection, folder: Path, task_type: str | 
         "lora_dropout": injection.dropout,
         "target_modules": injection.targets if isinstance(injection.targets, str) else sorted(injection.targets),
         "modules_to_save": sorted(injection.heads) or None,
-        "fan_in_fan_out": transposed == {True},
+        "fan_in_fan_out": _fan_in_fan_out(model, folder),
         "bias": "none",
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -57,13 +56,25 @@ def save(model: nn.Module, injection: Injection, folder: Path, task_type: str | 
         raise AdapterError(f"{folder}: can't be written ({error.strerror}); choose a folder that is yours, with room in it") from error
 
 
+def _fan_in_fan_out(model: nn.Module, folder: Path) -> bool:
+    """Whether the file says (in, out). It says so once for all layers: a reader goes by the shape where it can, so square ones decide."""
+    layers = [(layer.weight.shape, factors.transposed) for _, layer, factors in adapted(model) if not isinstance(layer, nn.Embedding)]
+    square = {transposed for shape, transposed in layers if shape[0] == shape[1]}
+    if len(square) > 1:
+        raise AdapterError(f"{folder}: has square layers stored (out, in) and others stored (in, out), which PEFT's file can't tell apart; train them apart")
+    return square.pop() if square else any(transposed for _, transposed in layers)
+
+
 def load(model: nn.Module, folder: Path) -> None:
-    """Attach the adapter in ``folder`` to ``model``, in which it may be trained on. Raises AdapterError as reading it does,
-    and when it changes the model in a way that has no layer here: ``lorafuse merge`` knows more forms."""
+    """Attach the adapter in ``folder`` to ``model``, in which it may be trained on: all else is frozen. Raises AdapterError as reading
+    it does, and when it changes the model in a way that has no layer here: ``lorafuse merge`` knows more forms."""
+    model.requires_grad_(False)
     for change in read_peft(folder).changes:
         match change:
             case LowRank(magnitude=None, layout="linear" | "transposed"):
                 layer = _found(model.get_submodule, change.module, folder)
+                if CHILD in layer._modules:
+                    raise AdapterError(f"{folder}: '{change.module}' of the model has LoRA already; load it into a model that has none")
                 attach(layer, _factors(layer, change, folder))
             case Replacement():
                 parameter = _found(model.get_parameter, change.parameter, folder)
@@ -72,6 +83,7 @@ def load(model: nn.Module, folder: Path) -> None:
                         f"{folder}: '{change.parameter}' has shape {change.value.shape}, in the model {tuple(parameter.shape)}; load another base"
                     )
                 parameter.data = torch.from_numpy(change.value.astype("float32")).to(parameter.data)
+                parameter.requires_grad = True
             case _:
                 raise AdapterError(f"{folder}: changes the model by more than low-rank products and whole modules; merge it with 'lorafuse merge'")
 

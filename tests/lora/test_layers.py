@@ -16,10 +16,14 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora.combine import Blending
 from lora.errors import AdapterError
+from lora.folder import Sources, merge_folder
 from lora.formats.peft import read_peft
+from lora.formats.read import ReadOptions
 from lora.layers import Injection, adapted, inject, merge, unmerge
 from lora.merge import apply
+from lora.merged_checkpoint import Storing
 from lora.saving import load, save
 
 CLOSE = {"rtol": 0, "atol": 1e-6}
@@ -165,7 +169,7 @@ def test_the_merged_weight_is_the_one_that_a_merge_of_the_file_gives(tmp_path: P
     merge(model)
     for change in read_peft(tmp_path / "adapter").changes:
         layer = model.get_submodule(change.module)
-        change = change if change.module == "query" else replace(change, layout="transposed")
+        change = replace(change, layout="linear" if change.module == "query" else "transposed")  # as their shapes say
         exact = torch.from_numpy(apply([change], weights[change.module])).to(dtype)
         assert torch.equal(layer.weight.data, exact)
 
@@ -235,6 +239,108 @@ def test_what_cannot_be_injected_is_refused_by_name_and_leaves_the_model_as_it_w
 def test_a_layer_of_another_kind_is_refused():
     with pytest.raises(AdapterError, match="'0' is a Conv2d; LoRA here is for Linear, Conv1D and Embedding layers"):
         inject(nn.Sequential(nn.Conv2d(1, 1, 1)), Injection(("0",), 4, 8))
+
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 96}
+TOKENS = torch.arange(10)[None]
+
+
+def with_random_factors(model: Any, injection: Injection) -> Any:
+    torch.manual_seed(1)
+    for factors in inject(model, injection).values():
+        nn.init.normal_(factors.A, std=0.1)
+        nn.init.normal_(factors.B, std=0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("targets", [("embed_tokens", "lm_head"), ("lm_head",), ("embed_tokens",)], ids=" ".join)
+def test_tied_embeddings_are_merged_each_by_itself_and_restored(targets: tuple[str, ...]):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, tie_word_embeddings=True))
+    tied = model.lm_head.weight
+    before = tied.detach().clone()
+    with_random_factors(model, Injection(targets, RANK, ALPHA))
+    apart = logits(model)
+    for _ in range(2):
+        merge(model)
+        np.testing.assert_allclose(logits(model), apart, rtol=0, atol=1e-5)
+        unmerge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight is tied
+    assert torch.equal(tied, before)
+    torch.testing.assert_close(logits(model), apart, rtol=0, atol=0)
+
+
+def test_a_scaled_embedding_scales_the_update_too(tmp_path: Path):
+    config = transformers.Gemma3TextConfig(**TINY, num_key_value_heads=2, head_dim=8, tie_word_embeddings=False)
+    model = transformers.Gemma3ForCausalLM(config)
+    plain, injection = copy.deepcopy(model), Injection(("embed_tokens",), RANK, ALPHA)
+    with_random_factors(model, injection)
+    save(model, injection, tmp_path / "adapter", "CAUSAL_LM")
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    apart = logits(model)
+    np.testing.assert_allclose(apart, logits(theirs), rtol=0, atol=1e-5)
+    merge(model)
+    np.testing.assert_allclose(logits(model), apart, rtol=0, atol=1e-5)
+
+
+def test_a_file_says_how_square_layers_are_stored(tmp_path: Path):
+    """Of GPT-2, a square Conv1D, and a Linear that is not: a merge of the file has to read the first as (in, out)."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=32, tie_word_embeddings=False)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    injection = Injection(("attn.c_proj", "lm_head"), RANK, ALPHA)
+    save(with_random_factors(model, injection), injection, tmp_path / "adapter", "CAUSAL_LM")
+    merge_folder(Sources(tmp_path / "base", ((tmp_path / "adapter", 1.0),), ReadOptions()), tmp_path / "merged", Storing(), Blending())
+    merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    theirs = peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    np.testing.assert_allclose(logits(merged), logits(model), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits(theirs), logits(model), rtol=0, atol=1e-5)
+
+
+def test_square_layers_of_both_kinds_in_one_file_are_refused(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4))
+    injection = Injection(("0", "1"), RANK, ALPHA)
+    inject(model, injection)
+    with pytest.raises(AdapterError, match=r"adapter: has square layers stored \(out, in\) and others stored \(in, out\), which PEFT's file can't tell apart"):
+        save(model, injection, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_was_loaded_can_be_trained_on_and_saved(tmp_path: Path):
+    model, injection = Model(), Injection(("query",), RANK, ALPHA, heads=("head",))
+    inject(model, injection)
+    save(model, injection, tmp_path / "first")
+    again = Model()
+    load(again, tmp_path / "first")
+    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == {"query.lora.A", "query.lora.B", "head.weight", "head.bias"}
+    save(again, injection, tmp_path / "second")
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+    with pytest.raises(AdapterError, match="first: 'query' of the model has LoRA already; load it into a model that has none"):
+        load(again, tmp_path / "first")
+    with pytest.raises(AdapterError, match="'query' has LoRA already; take a model that has none"):
+        inject(again, injection)
+
+
+def test_a_head_that_is_trained_whole_gets_no_factors(tmp_path: Path):
+    model, injection = Model(), Injection(("query", "head"), RANK, ALPHA, heads=("head",))
+    assert list(inject(model, injection)) == ["query"]
+    nn.init.normal_(model.head.weight)
+    save(model, injection, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(Model(), tmp_path / "adapter")
+    np.testing.assert_allclose(theirs(IDS).detach(), model(IDS).detach(), **CLOSE)
+    with pytest.raises(AdapterError, match="all that the targets name is trained whole, as part of head; choose other targets"):
+        inject(Model(), Injection(("head",), RANK, ALPHA, heads=("head",)))
+
+
+def test_a_layer_whose_forward_is_never_called_is_refused():
+    """torch's attention multiplies by its output projection's weight itself."""
+    with pytest.raises(AdapterError, match="'out_proj' is a NonDynamicallyQuantizableLinear; LoRA here is for Linear, Conv1D and Embedding layers"):
+        inject(nn.MultiheadAttention(8, 2), Injection(("out_proj",), RANK, ALPHA))
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path):
