@@ -68,11 +68,18 @@ def _config(model: str) -> Any:
         raise AdapterError(f"{path}: not the configuration of a model that transformers knows ({' '.join(str(error).split())[:120]})") from error
 
 
-def _built(model: str, config: Any) -> Any:
+def _auto(config: Any) -> Any:
     """A language model where the architecture has one (its parameters are tied to the embeddings', or counted), else the plain model."""
+    if config.is_encoder_decoder:  # Whisper and Marian have a causal model as well: their decoder alone
+        whole = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq)
+        return next((auto for auto in whole if type(config) in auto._model_mapping), transformers.AutoModel)
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping
-    auto: Any = transformers.AutoModelForCausalLM if causal and not encoder else transformers.AutoModel
+    return transformers.AutoModelForCausalLM if causal and not encoder else transformers.AutoModel
+
+
+def _built(model: str, config: Any) -> Any:
+    auto = _auto(config)
     try:
         with torch.device("meta"):
             return auto.from_config(config)

@@ -7,11 +7,13 @@ from typing import Any
 
 from lora.errors import AdapterError
 
+# T5's kinds of attention; the latter two are LongT5's encoder's, whichever the configuration chooses.
+T5 = ("SelfAttention", "EncDecAttention", "LocalSelfAttention", "TransientGlobalSelfAttention")
 SEPARATE = {
-    "q": ("q_proj", "query", "q_lin", "SelfAttention.q", "EncDecAttention.q", "query_proj"),
-    "k": ("k_proj", "key", "k_lin", "SelfAttention.k", "EncDecAttention.k", "key_proj"),
-    "v": ("v_proj", "value", "v_lin", "SelfAttention.v", "EncDecAttention.v", "value_proj"),
-    "o": ("o_proj", "out_proj", "attention.output.dense", "out_lin", "SelfAttention.o", "EncDecAttention.o", "attn.c_proj", "attention.dense"),
+    "q": ("q_proj", "query", "q_lin", *(f"{attention}.q" for attention in T5), "query_proj"),
+    "k": ("k_proj", "key", "k_lin", *(f"{attention}.k" for attention in T5), "key_proj"),
+    "v": ("v_proj", "value", "v_lin", *(f"{attention}.v" for attention in T5), "value_proj"),
+    "o": ("o_proj", "out_proj", "attention.output.dense", "out_lin", *(f"{attention}.o" for attention in T5), "attn.c_proj", "attention.dense"),
 }
 PARTS = ("q", "k", "v")
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")

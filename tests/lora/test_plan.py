@@ -62,6 +62,10 @@ def test_the_arithmetic_by_hand():
     assert next(figure.formula for figure in found.figures if figure.name == "trainable parameters").endswith("2 × 2 × (10 + 20) + 1 × 2 × (5 + 5)")
 
 
+ENCODER = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64}
+DECODER = {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "decoder_start_token_id": 1}
+TWO_SIDES = {"d_model": 32, "vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **ENCODER, **DECODER}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 96}
 MODELS = {
     "gpt2": (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96), "c_attn,c_fc"),
@@ -70,7 +74,7 @@ MODELS = {
     "bert": (transformers.BertConfig(**SMALL), "q,v"),
     "distilbert": (transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=96), "q,k,v,o"),
     "deberta": (transformers.DebertaV2Config(**SMALL, relative_attention=True), "q,k,v"),
-    "t5": (transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=96), "q,v"),
+    "t5": (transformers.T5Config(**T5), "q,v"),
     "neox": (transformers.GPTNeoXConfig(**SMALL), "query_key_value"),
     "vit": (transformers.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32), "q_proj,v_proj"),
 }
@@ -88,6 +92,37 @@ def test_trainable_parameters_are_those_that_peft_counts(tmp_path: Path, config:
         wrapped = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=modules))
     trainable, _ = wrapped.get_nb_trainable_parameters()
     assert sum(3 * (product.inputs + product.outputs) for product in found.products) == trainable
+
+
+@pytest.mark.parametrize(
+    ("config", "whole"),
+    [
+        (transformers.WhisperConfig(**TWO_SIDES), transformers.WhisperForConditionalGeneration),
+        (transformers.MarianConfig(**TWO_SIDES), transformers.MarianMTModel),
+        (transformers.PegasusConfig(**TWO_SIDES), transformers.PegasusForConditionalGeneration),
+        (transformers.BartConfig(**TWO_SIDES), transformers.BartForConditionalGeneration),
+        (transformers.LongT5Config(**T5), transformers.LongT5ForConditionalGeneration),
+        (transformers.LongT5Config(**T5, encoder_attention_type="transient-global"), transformers.LongT5ForConditionalGeneration),
+        (transformers.T5Config(**T5, tie_word_embeddings=False), transformers.T5ForConditionalGeneration),
+    ],
+    ids=["whisper", "marian", "pegasus", "bart", "longt5", "longt5, transient", "t5, untied"],
+)
+def test_of_an_encoder_and_a_decoder_both_count(tmp_path: Path, config: Any, whole: Any):
+    config.save_pretrained(tmp_path)
+    found = read_dimensions(str(tmp_path), ["q", "v"])
+    with torch.device("meta"):
+        model = whole(config)
+    assert found.parameters == model.num_parameters()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q", "v", "q_proj", "v_proj"]))
+    assert sum(3 * (product.inputs + product.outputs) for product in found.products) == wrapped.get_nb_trainable_parameters()[0]
+
+
+def test_whisper_smalls_figures_are_those_of_the_whole_model(tmp_path: Path):
+    """Not of its decoder alone, which is a causal language model too."""
+    sides = {"encoder_layers": 12, "encoder_attention_heads": 12, "decoder_layers": 12, "decoder_attention_heads": 12}
+    transformers.WhisperConfig(d_model=768, encoder_ffn_dim=3072, decoder_ffn_dim=3072, **sides).save_pretrained(tmp_path)
+    found = read_dimensions(str(tmp_path), ["q", "v"])
+    assert (found.parameters, len(found.products)) == (241_734_912, 72)
 
 
 def test_the_parts_of_a_fused_projection_are_as_wide_as_their_heads(tmp_path: Path):
