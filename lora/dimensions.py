@@ -15,7 +15,7 @@ import transformers
 from lora.economics import Dimensions, Plan, Product
 from lora.errors import AdapterError
 from lora.layers import chosen_layers
-from lora.projections import FUSED, PARTS, SEPARATE, ends_in
+from lora.projections import FUSED, PARTS, SEPARATE, ends_in, fused_widths
 
 # The paper's model (Brown et al. 2020, table 2.1), which has GPT-2's architecture.
 GPT3 = "gpt3-175b"
@@ -90,7 +90,7 @@ def _built(model: str, config: Any) -> Any:
 def _products(model: Any, config: Any, target: str) -> list[Product]:
     if target not in SEPARATE:
         return [_product(path, layer) for path, layer in chosen_layers(model, (target,)).items()]
-    paths = {path: layer for path, layer in model.named_modules() if getattr(layer, "weight", None) is not None and layer.weight.ndim == 2}
+    paths = {path: layer for path, layer in model.named_modules() if _has_lora(layer)}
     found = [_product(path, layer) for path, layer in paths.items() if ends_in(path, SEPARATE[target])]
     if found:
         return found
@@ -101,7 +101,14 @@ def _products(model: Any, config: Any, target: str) -> list[Product]:
     return found
 
 
+def _has_lora(layer: Any) -> bool:
+    """Whether the layer is of a kind that ``lora.layers`` trains."""
+    return isinstance(layer, torch.nn.Linear | torch.nn.Embedding) or type(layer).__name__ == "Conv1D"
+
+
 def _product(path: str, layer: Any) -> Product:
+    if not _has_lora(layer):
+        raise AdapterError(f"'{path}' is a {type(layer).__name__}; LoRA here is for Linear, Conv1D and Embedding layers, choose other targets")
     rows, columns = layer.weight.shape
     return Product(path, columns, rows) if isinstance(layer, torch.nn.Linear) else Product(path, rows, columns)
 
@@ -109,7 +116,11 @@ def _product(path: str, layer: Any) -> Product:
 def _part(path: str, layer: Any, config: Any, target: str) -> Product:
     """One of queries, keys and values in a fused projection; grouped heads make the latter two narrower."""
     whole = _product(path, layer)
-    heads = config.num_attention_heads
-    grouped = getattr(config, "num_key_value_heads", None) or heads
-    size = whole.outputs // (heads + 2 * grouped)
-    return Product(f"{path}[{target}]", whole.inputs, size * (heads if target == "q" else grouped))
+    widths = fused_widths(config, whole.outputs)
+    if widths is None:
+        own = path.rpartition(".")[2]
+        raise AdapterError(
+            f"target '{target}': by the configuration, the {whole.outputs} outputs of '{path}' are not its heads' queries, keys and values; "
+            f"give --targets {own} to adapt it whole"
+        )
+    return Product(f"{path}[{target}]", whole.inputs, widths[PARTS.index(target)])

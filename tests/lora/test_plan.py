@@ -132,6 +132,51 @@ def test_the_parts_of_a_fused_projection_are_as_wide_as_their_heads(tmp_path: Pa
     assert {product.inputs for product in found.products} == {32}
 
 
+HEADS = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 1, "vocab_size": 96}
+BIGCODE = {"n_embd": 64, "n_head": 8, "n_layer": 1, "vocab_size": 96}
+MPT = {"d_model": 64, "n_heads": 8, "n_layers": 1, "vocab_size": 96}
+EXPERTS = {"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1}
+GROUPED = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000}
+FUSED = {
+    "falcon, multi-query": (transformers.FalconConfig(**HEADS, alibi=False), [64, 8, 8]),
+    "falcon, multi-head": (transformers.FalconConfig(**HEADS, alibi=False, multi_query=False, num_kv_heads=2), [64, 64, 64]),
+    "falcon, grouped": (transformers.FalconConfig(**HEADS, alibi=False, new_decoder_architecture=True, num_kv_heads=2), [64, 16, 16]),
+    "gptbigcode, multi-query": (transformers.GPTBigCodeConfig(**BIGCODE), [64, 8, 8]),
+    "gptbigcode, multi-head": (transformers.GPTBigCodeConfig(**BIGCODE, multi_query=False), [64, 64, 64]),
+    "dbrx, grouped": (transformers.DbrxConfig(**MPT, pad_token_id=0, attn_config=GROUPED, ffn_config=EXPERTS), [64, 16, 16]),
+    "phi3, wide heads": (transformers.Phi3Config(**HEADS, num_key_value_heads=2, head_dim=16, pad_token_id=0), [128, 32, 32]),
+    "mpt": (transformers.MptConfig(**MPT), [64, 64, 64]),
+    "bloom": (transformers.BloomConfig(hidden_size=64, n_head=8, n_layer=1, vocab_size=96), [64, 64, 64]),
+    "deberta": (transformers.DebertaConfig(**HEADS), [64, 64, 64]),
+    "modernbert": (transformers.ModernBertConfig(**HEADS, pad_token_id=0), [64, 64, 64]),
+}
+
+
+@pytest.mark.parametrize(("config", "widths"), FUSED.values(), ids=FUSED)
+def test_a_fused_projections_parts_are_its_heads_and_add_up_to_it(tmp_path: Path, config: Any, widths: list[int]):
+    config.save_pretrained(tmp_path)
+    found = read_dimensions(str(tmp_path), ["q", "k", "v"]).products
+    assert [product.outputs for product in found] == widths
+    path = found[0].name.removesuffix("[q]")
+    assert [product.name for product in found] == [f"{path}[{part}]" for part in "qkv"]
+    whole = read_dimensions(str(tmp_path), [path]).products
+    assert [(product.inputs, product.outputs) for product in whole] == [(found[0].inputs, sum(widths))]
+
+
+def test_falcon_7bs_queries_are_71_heads_and_its_values_one(tmp_path: Path):
+    transformers.FalconConfig(hidden_size=4544, num_attention_heads=71, num_hidden_layers=2, alibi=False).save_pretrained(tmp_path)
+    found = read_dimensions(str(tmp_path), ["q", "v"]).products
+    assert [product.outputs for product in found] == [4544, 4544, 64, 64]
+
+
+def test_a_fused_layout_that_the_configuration_does_not_explain_is_refused_by_name(tmp_path: Path):
+    """A cross attention's keys and values, without queries, are as wide as a self-attention's with half as many of them."""
+    transformers.GPT2Config(n_embd=48, n_head=4, n_layer=1, vocab_size=96, add_cross_attention=True).save_pretrained(tmp_path)
+    said = r"target 'v': by the configuration, the 96 outputs of 'transformer\.h\.0\.crossattention\.c_attn' are not its heads' queries, .* --targets c_attn"
+    with pytest.raises(AdapterError, match=said):
+        read_dimensions(str(tmp_path), ["v"])
+
+
 @pytest.mark.parametrize(
     ("content", "targets", "said"),
     [
@@ -142,6 +187,8 @@ def test_the_parts_of_a_fused_projection_are_as_wide_as_their_heads(tmp_path: Pa
         ('{"model_type": "bert", "hidden_size": 30}', ["q"], "transformers can't build the model"),
         ('{"model_type": "bert"}', ["nope"], "target 'nope': BertModel has no such module; its layers are called dense, key, "),
         ('{"model_type": "resnet"}', ["q"], "target 'q': ResNetModel has no projection by a name that is known"),
+        ('{"model_type": "mamba", "num_hidden_layers": 1}', ["q"], "target 'q': MambaForCausalLM has no projection by a name that is known"),
+        ('{"model_type": "falcon_mamba", "num_hidden_layers": 1}', ["v"], "target 'v': FalconMambaForCausalLM has no projection by a name that is known"),
         ('{"model_type": "bert"}', ["q", "query"], r"targets q, query: '.*query' is named twice; name it once"),
     ],
 )
