@@ -64,8 +64,10 @@ def _config(model: str) -> Any:
         return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     except OSError as error:
         raise AdapterError(f"{path}: can't be read ({error.strerror}); give a config.json, its folder, or {GPT3}") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise AdapterError(f"{path}: not the configuration of a model that transformers knows ({' '.join(str(error).split())[:120]})") from error
+    except Exception as error:  # a class of transformers checks its own fields, each with errors of its own
+        raise AdapterError(
+            f"{path}: not the configuration of a model that transformers knows ({_short(error)}); correct it, or take the model's own"
+        ) from error
 
 
 def _auto(config: Any) -> Any:
@@ -83,8 +85,14 @@ def _built(model: str, config: Any) -> Any:
     try:
         with torch.device("meta"):
             return auto.from_config(config)
-    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise AdapterError(f"{model}: transformers can't build the model ({' '.join(str(error).split())[:120]})") from error
+    except Exception as error:  # a number that fits no model fails where it is first used: a division by zero, an assertion, a shape
+        raise AdapterError(
+            f"{model}: transformers can't build the model ({_short(error)}); correct the sizes in its configuration, or take the model's own"
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
 def _products(model: Any, config: Any, target: str) -> list[Product]:
@@ -110,6 +118,8 @@ def _product(path: str, layer: Any) -> Product:
     if not _has_lora(layer):
         raise AdapterError(f"'{path}' is a {type(layer).__name__}; LoRA here is for Linear, Conv1D and Embedding layers, choose other targets")
     rows, columns = layer.weight.shape
+    if not rows * columns:
+        raise AdapterError(f"'{path}' is empty, {rows} × {columns}; correct the sizes in the configuration, or take the model's own")
     return Product(path, columns, rows) if isinstance(layer, torch.nn.Linear) else Product(path, rows, columns)
 
 

@@ -16,6 +16,7 @@ import transformers
 from lora.dimensions import GPT3, read_dimensions
 from lora.economics import Dimensions, Product, plan
 from lora.errors import AdapterError
+from lora.layers import Injection, inject
 
 COMMAND = Path(sys.executable).with_name("lorafuse")
 
@@ -185,6 +186,20 @@ def test_a_fused_layout_that_the_configuration_does_not_explain_is_refused_by_na
         ("[]", ["q"], r"config\.json: not the configuration of a model that transformers knows"),
         ('{"model_type": "nope"}', ["q"], r"config\.json: not the configuration of a model that transformers knows"),
         ('{"model_type": "bert", "hidden_size": 30}', ["q"], "transformers can't build the model"),
+        ('{"model_type": ["bert"]}', ["q"], r"config\.json: not the configuration of a model that transformers knows"),
+        ('{"model_type": "bert", "hidden_size": "768"}', ["q"], r"config\.json: not the configuration .* 'hidden_size' expected int, got str"),
+        ('{"model_type": "bert", "num_hidden_layers": 1.5}', ["q"], r"config\.json: not the configuration .* 'num_hidden_layers' expected int, got float"),
+        ('{"model_type": "xlnet", "d_head": 7}', ["q"], r"config\.json: not the configuration .* `d_head` \(7\)"),
+        ('{"model_type": "bert", "num_attention_heads": 0}', ["q"], r"transformers can't build the model \(ZeroDivisionError: .*\); correct the sizes"),
+        ('{"model_type": "deberta", "hidden_size": 0}', ["q"], r"'encoder\.layer\.0\.attention\.self\.in_proj' is empty, 0 × 0; correct the sizes"),
+        ('{"model_type": "llama", "head_dim": 0}', ["q"], r"transformers can't build the model \(ZeroDivisionError: "),
+        (
+            '{"model_type": "phi3", "vocab_size": 96}',
+            ["q"],
+            r"transformers can't build the model \(AssertionError: Padding_idx must be within num_embeddings\)",
+        ),
+        ('{"model_type": "glm4", "vocab_size": 96}', ["q"], r"transformers can't build the model \(AssertionError: Padding_idx"),
+        ('{"model_type": "modernbert", "vocab_size": 96}', ["q"], r"transformers can't build the model \(AssertionError: Padding_idx"),
         ('{"model_type": "bert"}', ["nope"], "target 'nope': BertModel has no such module; its layers are called dense, key, "),
         ('{"model_type": "resnet"}', ["q"], "target 'q': ResNetModel has no projection by a name that is known"),
         ('{"model_type": "mamba", "num_hidden_layers": 1}', ["q"], "target 'q': MambaForCausalLM has no projection by a name that is known"),
@@ -198,6 +213,33 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path, content: str | None, 
     with pytest.raises(AdapterError, match=said) as refused:
         read_dimensions(str(tmp_path), targets)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "target", "said"),
+    [
+        ('{"model_type": "bert", "num_hidden_layers": 1}', "LayerNorm", r"'embeddings\.LayerNorm' is a LayerNorm; "),
+        ('{"model_type": "bert", "num_hidden_layers": 1}', "attention", r"'encoder\.layer\.0\.attention' is a BertAttention; "),
+        ('{"model_type": "mixtral", "num_hidden_layers": 1}', "experts", r"'model\.layers\.0\.mlp\.experts' is a MixtralExperts; "),
+        ('{"model_type": "vit", "num_hidden_layers": 1}', "projection", r"'embeddings\.patch_embeddings\.projection' is a Conv2d; "),
+    ],
+)
+def test_a_layer_that_training_refuses_is_refused_in_the_same_words(tmp_path: Path, content: str, target: str, said: str):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(AdapterError, match=said) as planned:
+        read_dimensions(str(tmp_path), [target])
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = (transformers.AutoModelForCausalLM if config.model_type == "mixtral" else transformers.AutoModel).from_config(config)
+    with pytest.raises(AdapterError) as trained:
+        inject(model, Injection((target,), 4, 8))
+    assert str(planned.value) == str(trained.value)
+
+
+def test_layers_that_have_no_lora_do_not_stand_in_the_way_of_those_that_have(tmp_path: Path):
+    """SpeechT5 has convolutions whose weight is made of two parameters."""
+    (tmp_path / "config.json").write_text('{"model_type": "speecht5", "encoder_layers": 1, "decoder_layers": 1}')
+    assert len(read_dimensions(str(tmp_path), ["q", "v"]).products) == 6
 
 
 def test_the_table_shows_formulas_and_assumptions():
