@@ -129,17 +129,26 @@ def plan(
     from lora.dimensions import PAPERS_CASE, read_dimensions, with_papers_figures
     from lora.economics import plan as planned
 
-    found = planned(read_dimensions(model, targets.split(",")), rank, tasks, width)
-    if (model, rank, targets, width) == PAPERS_CASE:
+    names = _names(targets)
+    found = planned(read_dimensions(model, names), rank, tasks, width)
+    if (model, rank, ",".join(names), width) == PAPERS_CASE:
         found = with_papers_figures(found)
     if as_json:
         print_json(asdict(found))
     else:
         rows = [(figure.name, _shown(figure.value, figure.unit), figure.formula, figure.paper) for figure in found.figures]
         columns = ("", "", "because", "the paper says" if any(figure.paper for figure in found.figures) else "")
-        print_table(f"{model}: LoRA of rank {rank} on {targets}", columns, rows)
+        print_table(f"{model}: LoRA of rank {rank} on {','.join(names)}", columns, rows)
         for assumption in found.assumptions:
             print(f"- {assumption}")
+
+
+def _names(targets: str) -> list[str]:
+    """The names in a list with commas; spaces around them and a comma too many are no names."""
+    names = [name.strip() for name in targets.split(",") if name.strip()]
+    if not names:
+        raise LorafuseError(f"--targets '{targets}': names nothing; give q, k, v or o, or names that module paths end in, such as q,v")
+    return names
 
 
 def _shown(value: float, unit: str) -> str:

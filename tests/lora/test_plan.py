@@ -51,6 +51,19 @@ def test_the_papers_figures_stand_beside_its_own_case_only():
     assert not any(figure["paper"] for figure in figures("--model", GPT3, "--rank", "8").values())
 
 
+def test_spaces_around_targets_and_a_comma_too_many_are_no_names():
+    wanted = figures("--model", GPT3)
+    assert figures("--model", GPT3, "--targets", " q, v,") == wanted
+    assert wanted["checkpoint, LoRA"]["paper"]
+
+
+def test_targets_without_a_name_are_refused_in_one_line_with_status_3():
+    done = subprocess.run([COMMAND, "plan", "--model", GPT3, "--targets", " , "], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "--targets ' , ': names nothing; give q, k, v or o, or names that module paths end in, such as q,v" in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+
+
 def test_the_arithmetic_by_hand():
     found = plan(Dimensions("model", 1000, (Product("a", 10, 20), Product("b", 10, 20), Product("c", 5, 5))), rank=2, tasks=3, width=4)
     values = {figure.name: figure.value for figure in found.figures}
