@@ -14,7 +14,7 @@ import transformers
 
 from lora.economics import Dimensions, Plan, Product
 from lora.errors import AdapterError
-from lora.layers import chosen_layers
+from lora.layers import check_kind, chosen_layers, has_lora
 from lora.projections import FUSED, PARTS, SEPARATE, ends_in, fused_widths
 
 # The paper's model (Brown et al. 2020, table 2.1), which has GPT-2's architecture.
@@ -98,7 +98,7 @@ def _short(error: Exception) -> str:
 def _products(model: Any, config: Any, target: str) -> list[Product]:
     if target not in SEPARATE:
         return [_product(path, layer) for path, layer in chosen_layers(model, (target,)).items()]
-    paths = {path: layer for path, layer in model.named_modules() if _has_lora(layer)}
+    paths = {path: layer for path, layer in model.named_modules() if has_lora(layer)}
     found = [_product(path, layer) for path, layer in paths.items() if ends_in(path, SEPARATE[target])]
     if found:
         return found
@@ -109,14 +109,8 @@ def _products(model: Any, config: Any, target: str) -> list[Product]:
     return found
 
 
-def _has_lora(layer: Any) -> bool:
-    """Whether the layer is of a kind that ``lora.layers`` trains."""
-    return isinstance(layer, torch.nn.Linear | torch.nn.Embedding) or type(layer).__name__ == "Conv1D"
-
-
 def _product(path: str, layer: Any) -> Product:
-    if not _has_lora(layer):
-        raise AdapterError(f"'{path}' is a {type(layer).__name__}; LoRA here is for Linear, Conv1D and Embedding layers, choose other targets")
+    check_kind(path, layer)
     rows, columns = layer.weight.shape
     if not rows * columns:
         raise AdapterError(f"'{path}' is empty, {rows} × {columns}; correct the sizes in the configuration, or take the model's own")

@@ -156,7 +156,7 @@ def chosen_layers(model: nn.Module, targets: tuple[str, ...] | str) -> dict[str,
         pattern = _compiled(target if isinstance(targets, str) else rf"(.*\.)?{re.escape(target)}")
         hit = {path: module for path, module in paths.items() if pattern.fullmatch(path)}
         if not hit:
-            known = ", ".join(sorted({path.rpartition(".")[2] for path, module in paths.items() if _has_lora(module)}))
+            known = ", ".join(sorted({path.rpartition(".")[2] for path, module in paths.items() if has_lora(module)}))
             raise AdapterError(f"target '{target}': {type(model).__name__} has no such module; its layers are called {known}")
         found |= hit
     return found
@@ -184,14 +184,19 @@ def _is_in(path: str, modules: Sequence[str]) -> bool:
 def _checked(path: str, layer: nn.Module, parts: Sequence[bool]) -> nn.Module:
     if CHILD in layer._modules:
         raise AdapterError(f"'{path}' has LoRA already; take a model that has none")
-    if not _has_lora(layer):
-        raise AdapterError(f"'{path}' is a {type(layer).__name__}; LoRA here is for Linear, Conv1D and Embedding layers, choose other targets")
+    check_kind(path, layer)
     if not any(parts) or _features(layer)[0] % len(parts):
         raise AdapterError(f"'{path}' has {_features(layer)[0]} outputs, which are not {len(parts)} parts with one chosen; give other parts")
     return layer
 
 
-def _has_lora(layer: nn.Module) -> bool:
+def check_kind(path: str, layer: nn.Module) -> None:
+    """Raises AdapterError unless the layer is of a kind that LoRA is for here."""
+    if not has_lora(layer):
+        raise AdapterError(f"'{path}' is a {type(layer).__name__}; LoRA here is for Linear, Conv1D and Embedding layers, choose other targets")
+
+
+def has_lora(layer: nn.Module) -> bool:
     """Whether the layer's forward is what its weight says; that of torch's own attention is never called."""
     if isinstance(layer, nn.Embedding):
         return type(layer) is nn.Embedding or hasattr(layer, SCALE)
