@@ -7,13 +7,13 @@ from typing import Any
 
 from lora.errors import AdapterError
 
-# T5's kinds of attention; the latter two are LongT5's encoder's, whichever the configuration chooses.
-T5 = ("SelfAttention", "EncDecAttention", "LocalSelfAttention", "TransientGlobalSelfAttention")
+# Attentions whose projections are called by a letter: MPNet's, and T5's, of which the last two are LongT5's encoder's.
+TERSE = ("attention.attn", "SelfAttention", "EncDecAttention", "LocalSelfAttention", "TransientGlobalSelfAttention")
 SEPARATE = {
-    "q": ("q_proj", "query", "q_lin", *(f"{attention}.q" for attention in T5), "query_proj"),
-    "k": ("k_proj", "key", "k_lin", *(f"{attention}.k" for attention in T5), "key_proj"),
-    "v": ("v_proj", "value", "v_lin", *(f"{attention}.v" for attention in T5), "value_proj"),
-    "o": ("o_proj", "out_proj", "attention.output.dense", "out_lin", *(f"{attention}.o" for attention in T5), "attn.c_proj", "attention.dense"),
+    "q": ("q_proj", "query", "q_lin", *(f"{attention}.q" for attention in TERSE), "query_proj"),
+    "k": ("k_proj", "key", "k_lin", *(f"{attention}.k" for attention in TERSE), "key_proj"),
+    "v": ("v_proj", "value", "v_lin", *(f"{attention}.v" for attention in TERSE), "value_proj"),
+    "o": ("o_proj", "out_proj", "attention.output.dense", "out_lin", *(f"{attention}.o" for attention in TERSE), "attn.c_proj", "attention.dense"),
 }
 PARTS = ("q", "k", "v")
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "attention.self.in_proj")  # DeBERTa's in_proj; Mamba's is no attention's
@@ -31,9 +31,9 @@ def attention_targets(model: Any) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     Raises AdapterError when the model has no projection by a name that is known.
     """
     layers = {path: module for path, module in model.named_modules() if getattr(module, "weight", None) is not None}
-    used = tuple(name for part in "qv" for name in SEPARATE[part] if any(ends_in(path, (name,)) for path in layers))
-    if used:
-        return used, (True,)
+    queries, values = (tuple(name for name in SEPARATE[part] if any(ends_in(path, (name,)) for path in layers)) for part in "qv")
+    if queries and values:
+        return queries + values, (True,)
     fused = tuple(name for name in FUSED if any(ends_in(path, (name,)) for path in layers))
     if not fused:
         raise AdapterError(f"{type(model).__name__} has no queries and values by a name that is known; name the modules with --targets")

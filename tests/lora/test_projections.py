@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -60,6 +61,16 @@ def test_a_model_without_attention_is_refused_although_it_has_an_in_proj(config:
     model = built(transformers.AutoModelForCausalLM, config)
     with pytest.raises(AdapterError, match="has no queries and values by a name that is known; name the modules with --targets"):
         attention_targets(model)
+
+
+def test_mpnets_projections_are_letters():
+    model = built(transformers.AutoModel, transformers.MPNetConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=96))
+    assert attention_targets(model) == (("attention.attn.q", "attention.attn.v"), (True,))
+
+
+def test_queries_without_values_are_not_taken_for_both():
+    with pytest.raises(AdapterError, match="Sequential has no queries and values by a name that is known"):
+        attention_targets(torch.nn.Sequential(OrderedDict(q_proj=torch.nn.Linear(4, 4), other=torch.nn.Linear(4, 4))))
 
 
 def test_debertas_in_proj_is_its_attentions():
