@@ -103,7 +103,7 @@ def run(
     bundle: BundlePath,
     task: TaskName,
     text: Annotated[list[str], typer.Option(help="Text to run; repeatable.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a language model adds to a text.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a language model adds to a text, within what its base takes.")] = 64,
     backend: Backend = BackendChoice.onnxruntime,
     as_json: AsJson = False,
 ) -> None:
@@ -111,7 +111,7 @@ def run(
 
     Example: lorafuse run bundle --task movies --text "A moving, funny film."
     """
-    from exporter.bundle.manifest import open_bundle
+    from exporter.bundle.manifest import open_bundle, printable
 
     _check_utf8(text)
     opened = open_bundle(bundle)
@@ -126,7 +126,7 @@ def run(
         if "completion" in result:
             print(f"{line}{result['completion']}")
         else:
-            print(f"{result['label'] + ' ' if result['label'] else ''}{result['score']:.4f}  {line}")
+            print(f"{printable(result['label']) + ' ' if result['label'] else ''}{result['score']:.4f}  {line}")
 
 
 def _classified(opened: Bundle, task: str, text: list[str], backend: BackendChoice) -> list[dict[str, Any]]:
@@ -147,9 +147,12 @@ def _completed(opened: Bundle, task: str, text: list[str], tokens: int, backend:
     graph = opened.graph(opened.task(task))
     check_generates(opened, task, graph)
     encoder, stop = TextEncoder(opened), stop_tokens(opened)
+    inputs = encoder.encode_prompts(text, graph)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].astype(bool)
+    room = opened.manifest.base.longest - ids.shape[1]
     with load(opened.path, task, backend.value) as session:
-        generated = greedy(session, encoder.encode(text, graph), tokens, stop)
-    return [{"completion": encoder.decode(row), "tokens": row} for row in generated]
+        generated = greedy(session, inputs, min(tokens, room), stop)
+    return [{"completion": encoder.completion(prompt[counted].tolist(), row), "tokens": row} for prompt, counted, row in zip(ids, mask, generated, strict=True)]
 
 
 def main() -> None:

@@ -59,14 +59,26 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_task(Request(folder / "base", folder / "adapter", "shapes", ("circle", "square", "star")), folder / "bundle").bundle
 
 
+def test_a_text_is_completed_within_what_the_base_takes(language: Bundle):
+    """128 positions: a prompt that leaves room for some tokens gets those, one that leaves none is refused, as is one without tokens."""
+    long = "a " * 120
+    (made,) = json.loads(lorafuse("run", language.path, "--task", "chat", "--text", long, "--tokens", "64", "--json"))
+    assert 0 < len(made["tokens"]) <= 6
+    said = lorafuse("run", language.path, "--task", "chat", "--text", "a " * 300, status=3)
+    assert "has 302 tokens, and the base takes 128 with what follows; give a shorter one" in said
+
+
 def test_run_completes_a_text(language: Bundle):
     (made,) = json.loads(lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5", "--json"))
     encoder = TextEncoder(language)
     with load(language.path, "chat", threads=1) as session:
-        (tokens,) = greedy(session, encoder.encode([PROMPT], language.graph(language.task("chat"))), 5, stop_tokens(language))
-    assert made == {"text": PROMPT, "completion": encoder.decode(tokens), "tokens": tokens}
+        inputs = encoder.encode([PROMPT], language.graph(language.task("chat")))
+        (tokens,) = greedy(session, inputs, 5, stop_tokens(language))
+    completion = encoder.completion(inputs["input_ids"][0].tolist(), tokens)
+    assert made == {"text": PROMPT, "completion": completion, "tokens": tokens}
+    assert completion.startswith(" ")
     assert len(tokens) == 5
-    assert lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5") == f"{PROMPT}{encoder.decode(tokens)}\n"
+    assert lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5") == f"{PROMPT}{completion}\n"
 
 
 @pytest.mark.parametrize("mode", ["dedicated", "resident"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
 
 from engines.text import Prediction, TextEncoder, predictions
-from exporter.bundle.manifest import Bundle, open_bundle
-from lora.errors import BundleError
+from exporter.bundle.manifest import Bundle, File, encode, open_bundle
+from lora.errors import BundleError, EngineError
 
 TEXTS = {
     "plain": ["A moving, funny film."],
@@ -121,3 +124,34 @@ def test_classes_come_with_the_softmax_of_their_logits(values: np.ndarray):
 @given(values=logits(1))
 def test_regression_gives_the_value_and_no_label(values: np.ndarray):
     assert predictions(values, ()) == [Prediction(None, float(row[0])) for row in values]
+
+
+def test_a_completion_keeps_the_space_that_it_begins_with():
+    """Llama's decoder takes the first space of what it is given away: of a whole text that is none of the text's."""
+    tokenizer = Tokenizer(WordLevel({"\u2581a": 0, "\u2581sat": 1}, unk_token="\u2581a"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    encoder = TextEncoder.__new__(TextEncoder)
+    encoder._tokenizer = tokenizer
+    assert encoder.decode([1, 1]) == "sat sat"
+    assert encoder.completion([0], [1, 1]) == " sat sat"
+    assert encoder.completion([0], []) == ""
+
+
+def test_a_tokenizer_that_is_none_is_named(tiny_copy: Path, real_base: Path):
+    bundle = open_bundle(tiny_copy)
+    content = b'{"model": {"type": "NoSuch"}}'
+    path = tiny_copy / "base" / "tokenizer.json"
+    path.write_bytes(content)
+    file = File("base/tokenizer.json", len(content), hashlib.sha256(content).hexdigest())
+    base = msgspec.structs.replace(bundle.manifest.base, files=(file,))
+    (tiny_copy / "manifest.json").write_bytes(encode(msgspec.structs.replace(bundle.manifest, base=base)))
+    with pytest.raises(BundleError) as refused:
+        TextEncoder(open_bundle(tiny_copy))
+    assert str(refused.value).startswith(f"{path}: not a tokenizer that can be read (")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_outputs_that_are_no_numbers_are_refused(value: float):
+    with pytest.raises(EngineError, match="the outputs of text 2 are not finite: the model overflows; export it in float32 or bfloat16"):
+        predictions(np.array([[0.0, 1.0], [value, 0.0]]), ["no", "yes"])
