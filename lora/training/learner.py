@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ import transformers
 from safetensors import SafetensorError
 
 from lora.errors import AdapterError, CheckpointError
-from lora.layers import Injection, inject
+from lora.layers import Injection, chosen_layers, inject
 from lora.projections import attention_targets
 from lora.training.examples import Examples, Kind
 
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+PEFTS_HEADS = ("classifier", "score")  # what the names of modules end in that PEFT trains whole, with the task type SEQ_CLS
 IGNORED = -100  # the target of a token that is not learnt
 
 
@@ -84,14 +86,14 @@ def new_learner(base: Path, kind: Kind, labels: Sequence[str], size: Size, longe
     model, new = _model(base, kind, labels)
     model.config.pad_token_id = tokenizer.pad_token_id
     targets, parts = (size.targets, (True,)) if size.targets else attention_targets(model)
-    injection = Injection(targets, size.rank, size.alpha, size.dropout, parts, heads=new)
+    injection = Injection(_outside(model, targets, new), size.rank, size.alpha, size.dropout, parts, heads=new)
     inject(model, injection)
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     return Learner(model, tokenizer, injection, kind, min(longest, positions))
 
 
 def _model(base: Path, kind: Kind, labels: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
-    """The model, and the modules that the checkpoint lacks: the head, and whatever leads to it."""
+    """The model, and the modules to be trained whole: the head, and whatever leads to it that the checkpoint lacks."""
     if kind == "causal-lm":
         model, info = _loaded(base, transformers.AutoModelForCausalLM, output_loading_info=True)
         if info["missing_keys"]:
@@ -101,8 +103,27 @@ def _model(base: Path, kind: Kind, labels: Sequence[str]) -> tuple[Any, tuple[st
     options = {"num_labels": len(labels) or 1, "ignore_mismatched_sizes": True, **named}
     model, info = _loaded(base, transformers.AutoModelForSequenceClassification, output_loading_info=True, **options)
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
-    new = sorted({name.rpartition(".")[0] for name in {*info["missing_keys"], *mismatched}})
-    return model, tuple(new)
+    return model, _heads(model, {*info["missing_keys"], *mismatched})
+
+
+def _heads(model: Any, new: set[str]) -> tuple[str, ...]:
+    """The topmost modules with nothing but new parameters, and those that PEFT trains whole with every classification.
+
+    PEFT saves and loads such a module as a whole, so one below it must not be named instead.
+    """
+    modules = {path: {f"{path}.{name}" for name, _ in module.named_parameters()} for path, module in model.named_modules() if path}
+    whole = [path for path, held in modules.items() if held and (held <= new or path.endswith(PEFTS_HEADS))]
+    alone = [path for path in {name.rpartition(".")[0] for name in new} if path in modules and path not in whole]  # with parameters that the base has
+    chosen = sorted({*whole, *alone})
+    return tuple(path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen))
+
+
+def _outside(model: Any, targets: tuple[str, ...], heads: Sequence[str]) -> tuple[str, ...] | str:
+    """The targets, as a regular expression where they would name parts of a head: PEFT puts no LoRA into what is trained whole."""
+    if not any(f"{path}.".startswith(f"{head}.") for path in chosen_layers(model, targets) for head in heads):
+        return targets
+    within, names = ("|".join(map(re.escape, words)) for words in (heads, targets))
+    return rf"(?!({within})(\.|$))(.*\.)?({names})"
 
 
 def _loaded(base: Path, auto: Any, **options: Any) -> Any:

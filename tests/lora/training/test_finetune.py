@@ -30,6 +30,7 @@ from lora.training.learner import Size
 from lora.training.run import Schedule
 
 QUICK = Schedule(epochs=2, batch=4, rate=5e-3, patience=0)
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 30522}
 GLOSSES = [json.loads(line) for line in (DATA / "supersense_held_out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -46,10 +47,9 @@ def save_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def bases(tmp_path_factory: pytest.TempPathFactory, real_base: Path) -> dict[Kind, Path]:
     """A tiny encoder and a tiny decoder with MiniLM's real tokenizer."""
     folder = tmp_path_factory.mktemp("bases")
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 30522}
     torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(**small)).save_pretrained(folder / "encoder")
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, eos_token_id=102)).save_pretrained(folder / "decoder")
+    transformers.BertModel(transformers.BertConfig(**TINY)).save_pretrained(folder / "encoder")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, eos_token_id=102)).save_pretrained(folder / "decoder")
     tokenizer = transformers.AutoTokenizer.from_pretrained(real_base)
     tokenizer.save_pretrained(folder / "encoder")
     tokenizer.eos_token = "[SEP]"
@@ -198,16 +198,49 @@ def test_of_a_prompt_only_what_follows_is_learnt(bases: dict[Kind, Path]):
     assert feature["input_ids"][-1] == learner.tokenizer.eos_token_id
 
 
-def test_the_adapter_answers_in_peft_as_it_does_here(course: Callable[..., Course], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def answers_of_both(course: Callable[..., Course], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
+    """What an adapter that was trained on a base answers here, and in PEFT."""
     kept: list[Any] = []
     real = lora.training.finetune.new_learner
     monkeypatch.setattr("lora.training.finetune.new_learner", lambda *given: kept.append(real(*given)) or kept[0])
-    given = course()
-    finetune(given, tmp_path / "adapter", quiet)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(given.base, num_labels=2)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ids = torch.tensor([[101, 2307, 102]])
-    np.testing.assert_allclose(kept[0].model.eval()(ids).logits.detach(), theirs(ids).logits.detach(), rtol=0, atol=1e-6)
+
+    def answers(base: Path, **changes: Any) -> tuple[Any, Any]:
+        finetune(course(base=base, **changes), tmp_path / "adapter", quiet)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, ignore_mismatched_sizes=True)
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+        ids = torch.tensor([[101, 2307, 102]])
+        return kept[0].model.eval()(ids).logits.detach(), theirs(ids).logits.detach()
+
+    return answers
+
+
+def test_the_adapter_answers_in_peft_as_it_does_here(answers_of_both: Callable[..., tuple[Any, Any]], bases: dict[Kind, Path]):
+    here, there = answers_of_both(bases["classification"])
+    np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["of its own", "of three classes", "of these classes"])
+@pytest.mark.parametrize("family", ["Roberta", "Electra"])
+def test_a_head_of_several_layers_is_trained_and_saved_as_one(
+    answers_of_both: Callable[..., tuple[Any, Any]], bases: dict[Kind, Path], tmp_path: Path, family: str, head: str
+):
+    """As PEFT does, which names the whole of it whatever the adapter names."""
+    config = getattr(transformers, f"{family}Config")(**TINY, num_labels={"of three classes": 3}.get(head, 2))
+    kind = "Model" if head == "of its own" else "ForSequenceClassification"
+    torch.manual_seed(0)
+    getattr(transformers, f"{family}{kind}")(config).save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(bases["classification"]).save_pretrained(tmp_path / "base")
+    here, there = answers_of_both(tmp_path / "base")
+    np.testing.assert_allclose(here, there, rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+
+
+def test_a_target_within_the_head_is_left_to_the_head(answers_of_both: Callable[..., tuple[Any, Any]], bases: dict[Kind, Path], tmp_path: Path):
+    here, there = answers_of_both(bases["classification"], size=Size(targets=("query", "classifier")))
+    np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
+    bundle = export_task(Request(bases["classification"], tmp_path / "adapter", "kinds", ("animal", "plant")), tmp_path / "bundle").bundle
+    assert bundle.task("kinds").labels == ("animal", "plant")
 
 
 def test_training_that_gets_no_better_stops_early_and_keeps_the_best(course: Callable[..., Course], tmp_path: Path):
