@@ -65,10 +65,11 @@ def finetune(course: Course, out: Path, step: Step) -> Trained:
     step("reading the examples")
     train_set, validation = _examples(course)
     learner = new_learner(course.base, course.kind, train_set.labels, course.size, course.longest, course.schedule.seed)
+    base_sha256 = fingerprint(course.base)  # of what is trained on, and before hours of it
     cut = learner.cut(train_set) + learner.cut(validation)
     scores = _baselines(course, learner, train_set, validation, step)
     work = out.parent / f".{out.name}.training"
-    outcome = train(learner, course.schedule, train_set, validation, work, step)
+    outcome = train(learner, course.schedule, train_set, validation, base_sha256, work, step)
     scores["adapter"] = outcome.loss if outcome.metric is None else outcome.metric
     trained = Trained(
         out,
@@ -81,7 +82,7 @@ def finetune(course: Course, out: Path, step: Step) -> Trained:
         round(time.monotonic() - started, 1),
         outcome,
     )
-    _write(course, learner, trained, work)
+    _write(course, learner, trained, base_sha256, work)
     shutil.rmtree(work)
     return trained
 
@@ -118,11 +119,11 @@ def _base_loss(learner: Learner, validation: Examples) -> float:
     return sum(losses) / len(losses)
 
 
-def _write(course: Course, learner: Learner, trained: Trained, work: Path) -> None:
+def _write(course: Course, learner: Learner, trained: Trained, base_sha256: str, work: Path) -> None:
     """The folder is there whole or not at all: it is made among the checkpoints, and then renamed."""
     made = work / "adapter"
     shutil.rmtree(made, ignore_errors=True)
-    save(learner.model, learner.injection, made, TASK_TYPES[course.kind], fingerprint(course.base))
+    save(learner.model, learner.injection, made, TASK_TYPES[course.kind], base_sha256)
     record: dict[str, Any] = {**asdict(trained), "folder": None, "course": asdict(course)}
     (made / RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n")
     draw(trained.outcome.points, made / CURVE)

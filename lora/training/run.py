@@ -60,19 +60,19 @@ class Outcome:
     resumed: int  # the step that an earlier, killed run had reached
 
 
-def train(learner: Learner, schedule: Schedule, train_set: Examples, validation: Examples, work: Path, report: Report) -> Outcome:
+def train(learner: Learner, schedule: Schedule, train_set: Examples, validation: Examples, base_sha256: str, work: Path, report: Report) -> Outcome:
     """Train; at the end the learner's model is the best that the validation examples have seen.
 
     ``work`` holds the checkpoints: a run that finds one of the same settings goes on from it, and ends with the same
     weights, bit for bit on the same CPU. Raises AdapterError when it holds another run, or training diverges.
     """
-    _claim(work, learner, schedule, train_set, validation)
+    _claim(work, learner, schedule, train_set, validation, base_sha256)
     last = _last_whole(work)
     per_epoch = -(-len(train_set) // schedule.batch)
     planned = max(1, round(per_epoch * schedule.epochs))
     trainer: Any = transformers.Trainer(
         model=learner.model,
-        args=_arguments(schedule, work, planned),
+        args=_arguments(schedule, work, planned, last is not None and _had_ended(last)),
         train_dataset=learner.features(train_set),
         eval_dataset=learner.features(validation),
         data_collator=learner.collator(),
@@ -86,11 +86,13 @@ def train(learner: Learner, schedule: Schedule, train_set: Examples, validation:
     return Outcome(found["eval_loss"], found.get("eval_metric"), _points(trainer.state.log_history), trainer.state.global_step, planned, resumed)
 
 
-def _arguments(schedule: Schedule, work: Path, planned: int) -> Any:
+def _arguments(schedule: Schedule, work: Path, planned: int, ended: bool) -> Any:
+    """The Trainer's settings; where the run had ended, it goes through no epoch, and only takes the best model."""
     every = max(1, planned // schedule.evaluations)
     return transformers.TrainingArguments(
         output_dir=str(work),
-        max_steps=planned,
+        max_steps=-1 if ended else planned,
+        num_train_epochs=0,  # counts where max_steps does not
         per_device_train_batch_size=schedule.batch,
         per_device_eval_batch_size=schedule.batch,
         learning_rate=schedule.rate,
@@ -105,6 +107,7 @@ def _arguments(schedule: Schedule, work: Path, planned: int) -> Any:
         logging_steps=max(1, every // 4),
         save_total_limit=2,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # how often in a row the loss was no better
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -147,14 +150,15 @@ class _Watch(transformers.TrainerCallback):
         flush(checkpoint)
 
 
-def _claim(work: Path, learner: Learner, schedule: Schedule, train_set: Examples, validation: Examples) -> None:
+def _claim(work: Path, learner: Learner, schedule: Schedule, train_set: Examples, validation: Examples, base_sha256: str) -> None:
     """Make the folder this run's, or see that it is."""
     data = hashlib.sha256(repr((train_set, validation)).encode()).hexdigest()
-    base = hashlib.sha256(learner.model.config.to_json_string().encode()).hexdigest()
-    settings = json.dumps({"data": data, "base": base, "longest": learner.longest, **asdict(learner.injection), **asdict(schedule)}, indent=1)
+    config = hashlib.sha256(learner.model.config.to_json_string().encode()).hexdigest()
+    run = {"data": data, "base": base_sha256, "config": config, "longest": learner.longest, **asdict(learner.injection), **asdict(schedule)}
+    settings = json.dumps(run, indent=1)
     kept = work / SETTINGS
     if kept.exists() and kept.read_text() != settings:
-        raise AdapterError(f"{work}: holds a run with other data or settings that did not end; repeat those, or remove the folder")
+        raise AdapterError(f"{work}: holds a run with another base, other data or settings that did not end; repeat those, or remove the folder")
     work.mkdir(parents=True, exist_ok=True)
     kept.write_text(settings)
 
@@ -168,6 +172,12 @@ def _last_whole(work: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _had_ended(checkpoint: Path) -> bool:
+    """Whether the run had made all its steps, or stopped early, when it wrote the checkpoint."""
+    state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return bool(state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"])
 
 
 def _points(history: list[dict[str, Any]]) -> tuple[Point, ...]:

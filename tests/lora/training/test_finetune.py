@@ -118,6 +118,12 @@ def die_at_the_end() -> Callable[..., None]:
     return quiet
 
 
+def die_when_all_is_kept() -> Callable[..., None]:
+    """When the last checkpoint is whole, and the best model not yet taken from the checkpoints."""
+    transformers.Trainer._load_best_model = lambda trainer: os.kill(os.getpid(), signal.SIGKILL)  # of the child only
+    return quiet
+
+
 @pytest.mark.parametrize("kind", ["classification", "causal-lm"])
 def test_a_killed_run_goes_on_to_the_same_weights(course: Callable[..., Course], tmp_path: Path, kind: Kind):
     """Killed at a random step, and again, while a checkpoint is written, and at the very end: the bytes are those of an unbroken run."""
@@ -139,10 +145,59 @@ def test_a_killed_run_goes_on_to_the_same_weights(course: Callable[..., Course],
     assert not (tmp_path / ".broken.training").exists()
 
 
+@pytest.fixture
+def noise(course: Callable[..., Course], tmp_path: Path) -> Course:
+    """A course on which the loss gets no better, so that it stops early."""
+    chance = random.Random(0)
+    rows = [{"text": row["text"], "label": chance.choice("ab")} for row in GLOSSES[:40]]
+    return course(data=save_rows(tmp_path / "noise.jsonl", rows), schedule=replace(QUICK, epochs=8, rate=0.03, patience=2))
+
+
+@pytest.mark.parametrize("where", ["just before its last step", "after its last evaluation", "at the very end"])
+def test_a_killed_run_stops_as_early_as_an_unbroken_one(noise: Course, tmp_path: Path, where: str):
+    unbroken = finetune(noise, tmp_path / "unbroken", quiet)
+    steps = unbroken.outcome.steps
+    assert steps < unbroken.outcome.planned
+    deaths = {"just before its last step": lambda: die_at(steps - 1), "after its last evaluation": die_when_all_is_kept, "at the very end": die_at_the_end}
+    killed(noise, tmp_path / "broken", deaths[where])
+    again = finetune(noise, tmp_path / "broken", quiet)
+    assert 0 < again.outcome.resumed <= again.outcome.steps == steps
+    assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
+    assert replace(again.outcome, resumed=0) == unbroken.outcome
+
+
+def test_a_run_that_was_killed_at_its_end_within_an_epoch_takes_no_further_step(course: Callable[..., Course], tmp_path: Path):
+    given = course(schedule=replace(QUICK, epochs=1.5))
+    unbroken = finetune(given, tmp_path / "unbroken", quiet)
+    killed(given, tmp_path / "broken", die_at_the_end)
+    again = finetune(given, tmp_path / "broken", quiet)
+    assert replace(again.outcome, resumed=0) == unbroken.outcome
+    assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
+
+
+def test_a_run_does_not_go_on_with_other_weights_of_the_base(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+    base = Path(shutil.copytree(bases["classification"], tmp_path / "base"))
+    killed(course(base=base), tmp_path / "out", lambda: die_at(4))
+    torch.manual_seed(1)
+    transformers.BertModel(transformers.BertConfig(**TINY)).save_pretrained(base)
+    with pytest.raises(AdapterError, match=r"\.out\.training: holds a run with another base, other data or settings that did not end; repeat those"):
+        finetune(course(base=base), tmp_path / "out", quiet)
+
+
+def test_a_base_without_safetensors_is_refused_before_training(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+    base = Path(shutil.copytree(bases["classification"], tmp_path / "base"))
+    torch.save(transformers.AutoModel.from_pretrained(base).state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    said: list[str] = []
+    with pytest.raises(CheckpointError, match=r"base: neither model\.safetensors nor model\.safetensors\.index\.json; save the base with"):
+        finetune(course(base=base), tmp_path / "out", lambda step, share=None, /: said.append(step))
+    assert not any(step.startswith("step ") for step in said)
+
+
 def test_a_folder_with_another_run_is_left_alone(course: Callable[..., Course], tmp_path: Path):
     killed(course(), tmp_path / "out", lambda: die_at(4))
     other = course(schedule=replace(QUICK, rate=1e-4))
-    with pytest.raises(AdapterError, match=r"\.out\.training: holds a run with other data or settings that did not end; repeat those, or remove the folder"):
+    with pytest.raises(AdapterError, match=r"\.out\.training: holds a run with another base, other data or settings that did not end; repeat those, or"):
         finetune(other, tmp_path / "out", quiet)
     finetune(course(), tmp_path / "out", quiet)
     with pytest.raises(AdapterError, match="out: exists already; choose another folder, or remove it"):
