@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from lora.errors import CheckpointError
 
 Kind = Literal["classification", "regression", "causal-lm"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+LARGEST = 1e15  # of numbers that are learnt: the loss sums their squares in float32, which ends at 3e38
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read_examples(path: Path, kind: Kind, columns: Columns, labels: Sequence[str
     table = _table(path)
     texts = _column(path, table, columns.text)
     for row, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
             raise CheckpointError(f"{path}: row {row + 1} has no text in column '{columns.text}' ({text!r:.40}); remove it, or name another column")
     match kind:
         case "classification":
@@ -59,8 +60,8 @@ def read_examples(path: Path, kind: Kind, columns: Columns, labels: Sequence[str
         case "regression":
             return Examples(tuple(texts), tuple(_number(path, columns.target, row, value) for row, value in enumerate(_column(path, table, columns.target))))
         case "causal-lm":
-            following = _column(path, table, columns.target) if columns.target in table.column_names else [""] * len(texts)
-            return Examples(tuple(texts), tuple(str(text) for text in following))
+            following = _column(path, table, columns.target) if columns.target in table.names else [""] * len(texts)
+            return Examples(tuple(texts), tuple(_following(path, columns.target, row, value) for row, value in enumerate(following)))
 
 
 def held_out(examples: Examples, share: float, path: Path) -> tuple[Examples, Examples]:
@@ -72,54 +73,134 @@ def held_out(examples: Examples, share: float, path: Path) -> tuple[Examples, Ex
     return examples.chosen(sorted(order[count:])), examples.chosen(sorted(order[:count]))
 
 
-def _table(path: Path) -> Any:
+@dataclass(frozen=True)
+class _Table:
+    """The columns' names, and a column by its name: as strings of a CSV file, else as the file has its values."""
+
+    names: tuple[str, ...]
+    rows: int
+    column: Callable[[str], list[Any]]
+
+
+def _table(path: Path) -> _Table:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file; give a .csv, .tsv, .jsonl, .json or .parquet file, or a folder of Hugging Face's datasets")
     read = _reader(path)
     try:
-        table = read()
+        table = read(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # of pandas, pyarrow and datasets, each with classes of its own
         reason = " ".join(str(error.__cause__ or error).split())
         raise CheckpointError(f"{path}: can't be read as a table ({reason[:160]})") from error
-    if isinstance(table, dict):
-        raise CheckpointError(f"{path}: holds several splits ({', '.join(table)}); give the folder of one")
-    if len(table) == 0:
+    if table.rows == 0:
         raise CheckpointError(f"{path}: has no rows; give examples to train on")
     return table
 
 
-def _reader(path: Path) -> Callable[[], Any]:
+def _reader(path: Path) -> Callable[[Path], _Table]:
+    if path.is_dir():
+        return _from_datasets
+    if path.suffix not in READERS:
+        raise CheckpointError(f"{path}: not a kind of file that is known; expected {', '.join(READERS)}, or a folder of Hugging Face's datasets")
+    return READERS[path.suffix]
+
+
+def _from_csv(path: Path) -> _Table:
+    import pandas
+
+    # The names as a row like the others: pandas takes the first column of rows with a field too many for their index, and
+    # what has no name for no column. As strings: numbers would lose their zeros.
+    separator = "\t" if path.suffix == ".tsv" else ","
+    frame = pandas.read_csv(path, sep=separator, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    names = tuple(frame.iloc[0])
+    return _Table(names, len(frame) - 1, lambda name: list(frame[names.index(name)].iloc[1:]))
+
+
+def _from_json_lines(path: Path) -> _Table:
+    rows = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}: {error.msg}") from None
+    return _of_rows(rows)
+
+
+def _from_json(path: Path) -> _Table:
+    """A list of rows; or columns, each a list or, as pandas writes them, an object by rows."""
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(found, dict):
+        return _of_rows(found)
+    columns = {name: list(values.values()) if isinstance(values, dict) else values for name, values in found.items()}
+    if not all(isinstance(values, list) for values in columns.values()) or len({len(values) for values in columns.values()}) > 1:
+        raise ValueError("expected a list of objects, or columns of one length")
+    return _Table(tuple(columns), max(map(len, columns.values()), default=0), lambda name: columns[name])
+
+
+def _of_rows(rows: Any) -> _Table:
+    """What a row lacks is None."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("expected an object in every row")
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
+    return _Table(names, len(rows), lambda name: [row.get(name) for row in rows])
+
+
+def _from_parquet(path: Path) -> _Table:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    return _Table(tuple(table.column_names), table.num_rows, lambda name: list(table.column(name).to_pylist()))
+
+
+def _from_datasets(path: Path) -> _Table:
     import datasets
 
     datasets.disable_progress_bars()
-    if path.is_dir():
-        return lambda: datasets.load_from_disk(str(path))
-    if path.suffix not in READERS:
-        raise CheckpointError(f"{path}: not a kind of file that is known; expected {', '.join(READERS)}, or a folder of Hugging Face's datasets")
-    match READERS[path.suffix]:
-        case "csv":
-            import pandas
-
-            # Not datasets' own reader, which keeps a copy of every file that it has read.
-            return lambda: datasets.Dataset.from_pandas(pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", keep_default_na=False))
-        case "json":
-            import pandas
-
-            return lambda: datasets.Dataset.from_pandas(pandas.read_json(path, lines=path.suffix == ".jsonl", dtype=False, convert_dates=False))
-    import pyarrow.parquet
-
-    return lambda: datasets.Dataset(pyarrow.parquet.read_table(path))
+    table = datasets.load_from_disk(str(path))
+    if isinstance(table, dict):
+        raise CheckpointError(f"{path}: holds several splits ({', '.join(table)}); give the folder of one")
+    return _Table(tuple(table.column_names), len(table), lambda name: list(table[name]))
 
 
-def _column(path: Path, table: Any, name: str) -> list[Any]:
-    if name not in table.column_names:
-        raise CheckpointError(f"{path}: has no column '{name}'; it has {', '.join(table.column_names)}; name one with --text or --target")
-    return list(table[name])
+READERS: dict[str, Callable[[Path], _Table]] = {
+    ".csv": _from_csv,
+    ".tsv": _from_csv,
+    ".jsonl": _from_json_lines,
+    ".json": _from_json,
+    ".parquet": _from_parquet,
+}
+
+
+def _column(path: Path, table: _Table, name: str) -> list[Any]:
+    if name not in table.names:
+        raise CheckpointError(f"{path}: has no column '{name}'; it has {', '.join(table.names)}; name one with --text or --target")
+    if table.names.count(name) > 1:
+        raise CheckpointError(f"{path}: has {table.names.count(name)} columns '{name}'; rename all but one")
+    return table.column(name)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may hold one half of a pair of surrogates, which is no character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _is_missing(value: Any) -> bool:
+    """None or not a number; and what can't be one value: a list or an object."""
+    return value is None or value != value or isinstance(value, list | dict)
+
+
+def _following(path: Path, column: str, row: int, value: Any) -> str:
+    if _is_missing(value) or not _is_unicode(str(value)):
+        raise CheckpointError(f"{path}: row {row + 1} has no text in column '{column}' ({value!r:.40}); remove it, or give the text that follows")
+    return str(value)
 
 
 def _class_name(path: Path, column: str, row: int, value: Any) -> str:
-    name = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    if value is None or not name.strip():
+    name = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    if _is_missing(value) or not name or not _is_unicode(name):
         raise CheckpointError(f"{path}: row {row + 1} has no class in column '{column}'; remove it, or name another column")
     return name
 
@@ -137,4 +218,6 @@ def _number(path: Path, column: str, row: int, value: Any) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise CheckpointError(f"{path}: row {row + 1} has no number in column '{column}' ({value!r:.40}); remove it, or name another column")
+    if abs(number) > LARGEST:
+        raise CheckpointError(f"{path}: row {row + 1} has {number:g} in column '{column}', more than {LARGEST:g}; write the numbers in a larger unit")
     return number

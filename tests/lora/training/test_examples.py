@@ -54,6 +54,54 @@ def test_of_a_language_model_a_target_may_be_missing(tmp_path: Path):
     assert read_examples(written(tmp_path, [{"text": "a", "label": " b"}]), "causal-lm", Columns()).targets == (" b",)
 
 
+def test_what_a_csv_file_has_stays_as_it_is_written(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n7,01\n8,1.50\n9,NA\n")
+    assert read_examples(path, "classification", Columns()) == Examples(("7", "8", "9"), (0, 1, 2), ("01", "1.50", "NA"))
+    assert read_examples(path, "causal-lm", Columns()).targets == ("01", "1.50", "NA")
+
+
+@pytest.mark.parametrize("content", ["text,label\na,yes,\nb,no,\n", "text,label\na,yes\nWell, b,no\n"])
+def test_a_row_with_a_field_too_many_is_refused(tmp_path: Path, content: str):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"rows\.csv: can't be read as a table \(.*Expected 2 fields in line [23], saw 3\)"):
+        read_examples(path, "classification", Columns())
+
+
+def test_two_columns_of_the_same_name_are_refused(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,text,label\na,b,yes\n")
+    with pytest.raises(CheckpointError, match="has 2 columns 'text'; rename all but one"):
+        read_examples(path, "classification", Columns())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", "text,label\na,4\nb,x\n"),
+        ("rows.jsonl", '{"text": "a", "label": 4}\n\n{"text": "b", "label": "x"}\n'),
+        ("rows.json", '[{"text": "a", "label": 4.0}, {"text": "b", "label": " x"}]'),
+        ("columns.json", '{"text": {"0": "a", "1": "b"}, "label": [4, "x"]}'),
+    ],
+)
+def test_a_byte_order_mark_and_a_mixture_of_numbers_and_words_are_read(tmp_path: Path, name: str, content: str):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_examples(tmp_path / name, "classification", Columns()) == Examples(("a", "b"), (0, 1), ("4", "x"))
+
+
+def test_numbers_keep_their_meaning_as_text(tmp_path: Path):
+    assert read_examples(written(tmp_path, [{"text": "2 + 2 =", "label": 4}]), "causal-lm", Columns()).targets == ("4",)
+    pandas.DataFrame({"text": ["2 + 2 ="], "label": [4]}).to_parquet(tmp_path / "rows.parquet")
+    assert read_examples(tmp_path / "rows.parquet", "causal-lm", Columns()).targets == ("4",)
+
+
+def test_a_class_that_is_not_a_number_is_named(tmp_path: Path):
+    pandas.DataFrame({"text": ["a", "b", "c"], "label": [1.0, float("nan"), 0.0]}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(CheckpointError, match="row 2 has no class in column 'label'"):
+        read_examples(tmp_path / "rows.parquet", "classification", Columns())
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "said"),
     [
@@ -65,6 +113,13 @@ def test_of_a_language_model_a_target_may_be_missing(tmp_path: Path):
         ("classification", [{"text": "a", "label": "x"}, {"text": "b", "label": ""}], "row 2 has no class in column 'label'"),
         ("regression", [{"text": "a", "label": "much"}], r"row 1 has no number in column 'label' \('much'\)"),
         ("regression", [{"text": "a", "label": None}], "row 1 has no number in column 'label'"),
+        ("regression", [{"text": "a", "label": -1e30}], r"row 1 has -1e\+30 in column 'label', more than 1e\+15; write the numbers in a larger unit"),
+        ("classification", [{"text": "a", "label": 1}, {"text": "b", "label": None}], "row 2 has no class in column 'label'"),
+        ("classification", [{"text": "a", "label": 1}, {"text": "b", "label": [2]}], "row 2 has no class in column 'label'"),
+        ("classification", [{"text": "a", "label": 1}, {"text": "\ud800", "label": 1}], "row 2 has no text in column 'text'"),
+        ("causal-lm", [{"text": "a", "label": " b"}, {"text": "a", "label": None}], r"row 2 has no text in column 'label' \(None\); remove it, or give"),
+        ("causal-lm", [{"text": "a"}, {"text": "a", "label": " b"}], r"row 1 has no text in column 'label' \(None\); remove it, or give the text"),
+        ("causal-lm", [{"text": "a", "label": ["b"]}], r"row 1 has no text in column 'label' \(\['b'\]\); remove it"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_row(tmp_path: Path, kind: Any, rows: list[dict[str, Any]], said: str):
@@ -86,7 +141,9 @@ def test_a_class_that_only_the_validation_file_has_is_refused(tmp_path: Path):
         ("notes.txt", b"a", "not a kind of file that is known; expected .csv, .tsv, .jsonl"),
         ("empty.csv", b"", "can't be read as a table"),
         ("head.csv", b"text,label\n", "has no rows; give examples to train on"),
-        ("broken.jsonl", b'{"text": ', "can't be read as a table"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', r"can't be read as a table \(line 2: Expecting value\)"),
+        ("scalar.json", b"5", r"can't be read as a table \(expected an object in every row\)"),
+        ("columns.json", b'{"text": ["a"], "label": []}', r"can't be read as a table \(expected a list of objects, or columns of one length\)"),
         ("broken.parquet", b"PAR1", "can't be read as a table"),
     ],
 )
