@@ -17,7 +17,7 @@ from lora.terminal import Step
 from lora.training.baselines import linear_probe, majority, metric_of
 from lora.training.curve import draw
 from lora.training.examples import Columns, Examples, Kind, held_out, read_examples
-from lora.training.learner import TASK_TYPES, Learner, Size, new_learner
+from lora.training.learner import TASK_TYPES, DivergedError, Learner, Size, new_learner
 from lora.training.run import Outcome, Schedule, train
 
 RECORD, CURVE = "training.json", "loss.png"
@@ -63,13 +63,21 @@ def finetune(course: Course, out: Path, step: Step) -> Trained:
     if out.exists():
         raise AdapterError(f"{out}: exists already; choose another folder, or remove it")
     step("reading the examples")
-    train_set, validation = _examples(course)
+    examples, others = _read(course)
+    train_set, validation = _split(course, examples, others)
     learner = new_learner(course.base, course.kind, train_set.labels, course.size, course.longest, course.schedule.seed)
     base_sha256 = fingerprint(course.base)  # of what is trained on, and before hours of it
+    learner.check(examples, course.data)
+    if others is not None and course.validation is not None:
+        learner.check(others, course.validation)
     cut = learner.cut(train_set) + learner.cut(validation)
     scores = _baselines(course, learner, train_set, validation, step)
     work = out.parent / f".{out.name}.training"
-    outcome = train(learner, course.schedule, train_set, validation, base_sha256, work, step)
+    try:
+        outcome = train(learner, course.schedule, train_set, validation, base_sha256, work, step)
+    except DivergedError:
+        shutil.rmtree(work)  # it would diverge again; other settings begin anew
+        raise
     scores["adapter"] = outcome.loss if outcome.metric is None else outcome.metric
     trained = Trained(
         out,
@@ -87,36 +95,43 @@ def finetune(course: Course, out: Path, step: Step) -> Trained:
     return trained
 
 
-def _examples(course: Course) -> tuple[Examples, Examples]:
-    """(training, validation)."""
+def _read(course: Course) -> tuple[Examples, Examples | None]:
+    """The examples, and those to judge by where they have a file of their own."""
     examples = read_examples(course.data, course.kind, course.columns)
     if course.kind == "classification" and len(examples.labels) < 2:
         raise AdapterError(
             f"{course.data}: all rows are of the class '{examples.labels[0]}' in column '{course.columns.target}'; give examples of two at least"
         )
-    if course.validation is None:
-        return held_out(examples, VALIDATION_SHARE, course.data)
-    return examples, read_examples(course.validation, course.kind, course.columns, examples.labels)
+    return examples, None if course.validation is None else read_examples(course.validation, course.kind, course.columns, examples.labels)
+
+
+def _split(course: Course, examples: Examples, others: Examples | None) -> tuple[Examples, Examples]:
+    """(training, validation)."""
+    return held_out(examples, VALIDATION_SHARE, course.data) if others is None else (examples, others)
 
 
 def _baselines(course: Course, learner: Learner, train_set: Examples, validation: Examples, step: Step) -> dict[str, float]:
     if course.kind == "causal-lm":
         step("the base's own loss")
-        return {"base": _base_loss(learner, validation)}
+        return {"base": _base_loss(learner, validation, course.schedule.batch)}
     step("a linear probe")
     probe = linear_probe(course.base, learner.tokenizer, course.kind, train_set, validation, learner.longest)
     return {"majority": majority(train_set, validation), "linear probe": probe} if course.kind == "classification" else {"linear probe": probe}
 
 
-def _base_loss(learner: Learner, validation: Examples) -> float:
-    """The mean loss of a batch, as the Trainer has it: LoRA changes nothing before its first step."""
+def _base_loss(learner: Learner, validation: Examples, batch: int) -> float:
+    """The loss as the Trainer's evaluation has it: a mean over tokens in each batch, and over examples of those. LoRA changes nothing yet."""
+    import numpy as np
     import torch
 
     collate, features = learner.collator(), learner.features(validation)
     learner.model.eval()
+    losses: list[float] = []
     with torch.no_grad():
-        losses = [float(learner.model(**collate([feature])).loss) for feature in features]
-    return sum(losses) / len(losses)
+        for start in range(0, len(features), batch):
+            together = features[start : start + batch]
+            losses += [float(learner.model(**collate(together)).loss)] * len(together)
+    return float(np.mean(np.array(losses, dtype=np.float32)))
 
 
 def _write(course: Course, learner: Learner, trained: Trained, base_sha256: str, work: Path) -> None:

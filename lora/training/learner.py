@@ -54,6 +54,16 @@ class Learner:
         texts = [text + (target if self.kind == "causal-lm" else "") for text, target in zip(examples.texts, examples.targets, strict=True)]
         return sum(len(ids) > self.longest for ids in self.tokenizer(texts)["input_ids"])
 
+    def check(self, examples: Examples, path: Path) -> None:
+        """Raises CheckpointError naming the first row that has no token to be learnt: the mean over none is no loss."""
+        if self.kind != "causal-lm":
+            return
+        for row, feature in enumerate(self.features(examples)):
+            if all(label == IGNORED for label in feature["labels"][1:]):  # the first is never foretold
+                raise CheckpointError(
+                    f"{path}: row {row + 1} has no token to be learnt among its first {self.longest}; shorten or remove its text, or raise --max-tokens"
+                )
+
     def _feature(self, text: str, target: Any) -> dict[str, Any]:
         if self.kind != "causal-lm":
             return {**self.tokenizer(text, truncation=True, max_length=self.longest), "labels": target}
@@ -143,7 +153,11 @@ def _be_quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+class DivergedError(AdapterError):
+    """The loss is no number any more."""
+
+
 def check_finite(loss: float, step: int) -> None:
-    """Raises AdapterError when training has diverged."""
+    """Raises DivergedError when training has diverged."""
     if loss != loss or loss in (float("inf"), float("-inf")):
-        raise AdapterError(f"training diverged at step {step} (the loss is {loss}); choose a lower --rate")
+        raise DivergedError(f"training diverged at step {step} (the loss is {loss}); choose a lower --rate")

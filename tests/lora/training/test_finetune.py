@@ -270,6 +270,22 @@ def answers_of_both(course: Callable[..., Course], tmp_path: Path, monkeypatch: 
     return answers
 
 
+def test_the_loss_of_the_base_is_that_of_an_adapter_that_learns_nothing(course: Callable[..., Course], tmp_path: Path):
+    """Of texts of several lengths, in batches that are not all full."""
+    others = [{"text": "a film that is", "label": " very" * count} for count in (1, 1, 2, 9, 1)]
+    given = course("causal-lm", validation=save_rows(tmp_path / "others.jsonl", others), schedule=replace(QUICK, epochs=0.5, rate=0))
+    trained = finetune(given, tmp_path / "adapter", quiet)
+    assert trained.scores["base"] == trained.scores["adapter"]
+
+
+@pytest.mark.parametrize("where", ["data", "validation"])
+@pytest.mark.parametrize("row", [{"text": "a film " * 8, "label": " is good"}, {"text": "a film " * 20, "label": " is good"}])
+def test_a_prompt_that_leaves_no_room_for_what_follows_is_named(course: Callable[..., Course], tmp_path: Path, where: str, row: dict[str, Any]):
+    path = save_rows(tmp_path / "long.jsonl", [{"text": "a film", "label": " is good"}] * 12 + [row])
+    with pytest.raises(CheckpointError, match=r"long\.jsonl: row 13 has no token to be learnt among its first 16; shorten or remove its text, or raise --max"):
+        finetune(course("causal-lm", **{where: path}), tmp_path / "adapter", quiet)
+
+
 def test_the_adapter_answers_in_peft_as_it_does_here(answers_of_both: Callable[..., tuple[Any, Any]], bases: dict[Kind, Path]):
     here, there = answers_of_both(bases["classification"])
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
@@ -309,6 +325,7 @@ def test_training_that_diverges_is_an_error_and_leaves_no_adapter(course: Callab
     with pytest.raises(AdapterError, match=r"training diverged at step \d+ \(the loss is (nan|inf)\); choose a lower --rate"):
         finetune(course(schedule=replace(QUICK, rate=1e30)), tmp_path / "adapter", quiet)
     assert not (tmp_path / "adapter").exists()
+    assert finetune(course(), tmp_path / "adapter", quiet).outcome.resumed == 0  # as it says: with a lower rate it begins anew
 
 
 def test_texts_that_are_cut_are_counted(course: Callable[..., Course], tmp_path: Path):
