@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora.errors import LorafuseError
 from lora.terminal import print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def train(
     from lora.training.learner import Size
     from lora.training.run import Schedule
 
-    size = Size(rank, alpha, dropout, tuple(targets.split(",")) if targets else ())
+    size = Size(rank, alpha, dropout, _names(targets) if targets is not None else ())
     schedule = Schedule(epochs, batch, rate, seed, patience)
     course = Course(base, data, task.value, validation, Columns(text, target), size, schedule, max_tokens)
     with progress("train") as step:
@@ -63,6 +64,13 @@ def train(
         print_json({**asdict(trained), "folder": str(trained.folder)})
     else:
         _print_trained(trained)
+
+
+def _names(targets: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in targets.split(",") if name.strip())
+    if not names:
+        raise LorafuseError(f"--targets '{targets}': names no module; expected names that module paths end in, such as query,value")
+    return names
 
 
 def _print_trained(trained: Trained) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from lora.bases.checkpoint import fingerprint
 from lora.durable import flush
@@ -22,6 +27,7 @@ from lora.training.run import Outcome, Schedule, train
 
 RECORD, CURVE = "training.json", "loss.png"
 VALIDATION_SHARE = 0.1
+TORCHS_WRITER = "inline_container"  # the file of torch that an error names when what torch.save writes finds no room
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,10 @@ def finetune(course: Course, out: Path, step: Step) -> Trained:
     CheckpointError for a base or a file of examples, AdapterError for settings, a folder or a run that has diverged.
     """
     started = time.monotonic()
-    if out.exists():
-        raise AdapterError(f"{out}: exists already; choose another folder, or remove it")
+    _check(course)
+    with _writing(out):
+        if out.exists():
+            raise AdapterError(f"{out}: exists already; choose another folder, or remove it")
     step("reading the examples")
     examples, others = _read(course)
     train_set, validation = _split(course, examples, others)
@@ -74,7 +82,8 @@ def finetune(course: Course, out: Path, step: Step) -> Trained:
     scores = _baselines(course, learner, train_set, validation, step)
     work = out.parent / f".{out.name}.training"
     try:
-        outcome = train(learner, course.schedule, train_set, validation, base_sha256, work, step)
+        with _writing(out):
+            outcome = train(learner, course.schedule, train_set, validation, base_sha256, work, step)
     except DivergedError:
         shutil.rmtree(work)  # it would diverge again; other settings begin anew
         raise
@@ -90,9 +99,36 @@ def finetune(course: Course, out: Path, step: Step) -> Trained:
         round(time.monotonic() - started, 1),
         outcome,
     )
-    _write(course, learner, trained, base_sha256, work)
-    shutil.rmtree(work)
+    with _writing(out):
+        _write(course, learner, trained, base_sha256, work)
+    shutil.rmtree(work, ignore_errors=True)
     return trained
+
+
+def _check(course: Course) -> None:
+    """Raises AdapterError for a setting that no run can have."""
+    size, schedule = course.size, course.schedule
+    for option, value, fits, expected in (
+        ("--alpha", size.alpha, math.isfinite(size.alpha), "a finite number"),
+        ("--dropout", size.dropout, 0 <= size.dropout < 1, "0 or more, and less than 1"),
+        ("--epochs", schedule.epochs, 0 < schedule.epochs < math.inf, "a finite number above 0"),
+        ("--rate", schedule.rate, 0 <= schedule.rate < math.inf, "a finite number, 0 or more"),
+        ("--seed", schedule.seed, 0 <= schedule.seed < 2**32, f"0 to {2**32 - 1}"),
+    ):
+        if not fits:
+            raise AdapterError(f"{option} {value}: expected {expected}")
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Raises AdapterError where a folder can't be written, or a disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and TORCHS_WRITER not in str(error):
+            raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise AdapterError(f"{out}: can't be written ({reason}); choose a folder that is yours, with room in it") from error
 
 
 def _read(course: Course) -> tuple[Examples, Examples | None]:
@@ -107,7 +143,15 @@ def _read(course: Course) -> tuple[Examples, Examples | None]:
 
 def _split(course: Course, examples: Examples, others: Examples | None) -> tuple[Examples, Examples]:
     """(training, validation)."""
-    return held_out(examples, VALIDATION_SHARE, course.data) if others is None else (examples, others)
+    if others is not None:
+        return examples, others
+    train_set, validation = held_out(examples, VALIDATION_SHARE, course.data)
+    if course.kind == "classification" and len(set(train_set.targets)) < 2:
+        raise AdapterError(
+            f"{course.data}: of {len(examples)} rows, {len(validation)} are held out, and the others are all of the class "
+            f"'{examples.labels[train_set.targets[0]]}'; give more examples, or another file with --validation"
+        )
+    return train_set, validation
 
 
 def _baselines(course: Course, learner: Learner, train_set: Examples, validation: Examples, step: Step) -> dict[str, float]:

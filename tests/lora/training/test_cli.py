@@ -45,3 +45,10 @@ def test_machines_get_json(arguments: list[str | Path], tmp_path: Path):
     assert set(found["scores"]) == {"majority", "linear probe", "adapter"}
     assert found["outcome"]["steps"] == found["outcome"]["planned"] == 1
     assert found["folder"] == str(tmp_path / "adapter")
+
+
+def test_names_of_targets_may_have_spaces_around_them(arguments: list[str | Path], tmp_path: Path):
+    lorafuse(*arguments, "--out", tmp_path / "adapter", "--targets", "query, key,", "--rank", "2")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"] == ["key", "query"]
+    said = lorafuse(*arguments, "--out", tmp_path / "other", "--targets", " ,", status=3)
+    assert said.splitlines()[-1] == "lorafuse: --targets ' ,': names no module; expected names that module paths end in, such as query,value"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import resource
 import shutil
 import signal
 import traceback
@@ -339,12 +341,62 @@ def test_texts_that_are_cut_are_counted(course: Callable[..., Course], tmp_path:
         ({"base": Path("nowhere")}, "nowhere: no config.json; give the folder of a model that transformers saved"),
         ({"size": Size(targets=("nope",))}, "target 'nope': BertForSequenceClassification has no such module"),
         ({"size": Size(rank=0)}, "rank 0: expected at least 1"),
+        ({"size": Size(alpha=math.inf)}, "--alpha inf: expected a finite number"),
+        ({"size": Size(dropout=math.nan)}, "--dropout nan: expected 0 or more, and less than 1"),
+        ({"schedule": replace(QUICK, epochs=math.nan)}, "--epochs nan: expected a finite number above 0"),
+        ({"schedule": replace(QUICK, epochs=math.inf)}, "--epochs inf: expected a finite number above 0"),
+        ({"schedule": replace(QUICK, rate=math.nan)}, "--rate nan: expected a finite number, 0 or more"),
+        ({"schedule": replace(QUICK, seed=-1)}, "--seed -1: expected 0 to 4294967295"),
+        ({"schedule": replace(QUICK, seed=2**32)}, "--seed 4294967296: expected 0 to 4294967295"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(course: Callable[..., Course], tmp_path: Path, changes: dict[str, Any], said: str):
     with pytest.raises(LorafuseError, match=said):
         finetune(course(**changes), tmp_path / "adapter", quiet)
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("name", ["file/adapter", "a" * 250, "a" * 300])
+def test_a_folder_that_cannot_be_made_is_an_error(course: Callable[..., Course], tmp_path: Path, name: str):
+    """Of 250 letters the folder's name is short enough, but not that of the checkpoints' folder beside it."""
+    (tmp_path / "file").touch()
+    with pytest.raises(AdapterError, match=r"can't be written \(.+\); choose a folder that is yours, with room in it") as refused:
+        finetune(course(), tmp_path / name, quiet)
+    assert str(refused.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("full", ["_save", "_save_optimizer_and_scheduler"])
+def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(
+    course: Callable[..., Course], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+):
+    """From the checkpoint before, whether the weights found no room or what the optimizer keeps did."""
+    unbroken = finetune(course(), tmp_path / "unbroken", quiet)
+    written: list[str] = []
+    real = getattr(transformers.Trainer, full)
+
+    def save(trainer: Any, folder: str, *given: Any, **named: Any) -> None:
+        written.append(folder)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        if len(written) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        try:
+            real(trainer, folder, *given, **named)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+
+    monkeypatch.setattr(transformers.Trainer, full, save)
+    with pytest.raises(AdapterError, match=r"adapter: can't be written \(.+\); choose a folder that is yours, with room in it"):
+        finetune(course(), tmp_path / "adapter", quiet)
+    assert 0 < finetune(course(), tmp_path / "adapter", quiet).outcome.resumed < unbroken.outcome.planned
+    assert weights(tmp_path / "adapter") == weights(tmp_path / "unbroken")
+
+
+def test_a_class_that_is_held_out_whole_is_an_error(course: Callable[..., Course], tmp_path: Path):
+    rows = [{"text": "a cat", "label": "animal"}, {"text": "a tree", "label": "plant"}]
+    with pytest.raises(AdapterError, match=r"two\.jsonl: of 2 rows, 1 are held out, and the others are all of the class '\w+'; give more examples, or another"):
+        finetune(course(data=save_rows(tmp_path / "two.jsonl", rows)), tmp_path / "adapter", quiet)
 
 
 def test_an_encoder_is_no_base_of_a_language_model(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
