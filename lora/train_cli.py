@@ -63,7 +63,7 @@ def train(
     if as_json:
         print_json({**asdict(trained), "folder": str(trained.folder)})
     else:
-        _print_trained(trained)
+        _print_trained(trained, max_tokens)
 
 
 def _names(targets: str) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ def _names(targets: str) -> tuple[str, ...]:
     return names
 
 
-def _print_trained(trained: Trained) -> None:
+def _print_trained(trained: Trained, max_tokens: int) -> None:
     outcome, examples = trained.outcome, trained.examples
     rows = [(name, f"{score:.4f}") for name, score in trained.scores.items()]
     print_table(f"{trained.folder}: {trained.metric} on {examples['validation']} examples that were held out", ("", trained.metric), rows)
@@ -84,7 +84,8 @@ def _print_trained(trained: Trained) -> None:
     if outcome.resumed:
         print(f"went on from step {outcome.resumed} of a run that had not ended")
     if trained.cut:
-        print(f"{trained.cut} texts were cut; --max-tokens lets them be longer")
+        most = "the base takes no more" if trained.longest < max_tokens else "--max-tokens lets them be longer"
+        print(f"{trained.cut} texts were cut to {trained.longest} tokens; {most}")
     best = max((score for name, score in trained.scores.items() if name != "adapter"), default=None)
     if best is not None and trained.metric != "loss" and trained.scores["adapter"] <= best:
         print("the adapter does not beat what needs none: it may not be worth its bytes")

@@ -46,7 +46,10 @@ class Course:
 
 @dataclass(frozen=True)
 class Trained:
-    """The adapter's folder and what came out, on validation examples: ``scores`` by majority, probe (or base) and adapter."""
+    """The adapter's folder and what came out, on validation examples: ``scores`` by majority, probe (or base) and adapter.
+
+    ``cut`` is how many texts had more tokens than ``longest``, which is fewer than asked for where the base takes fewer.
+    """
 
     folder: Path
     metric: str
@@ -54,6 +57,7 @@ class Trained:
     labels: tuple[str, ...]
     examples: dict[str, int]
     cut: int
+    longest: int
     trainable: int
     seconds: float
     outcome: Outcome
@@ -95,6 +99,7 @@ def finetune(course: Course, out: Path, step: Step) -> Trained:
         train_set.labels,
         {"training": len(train_set), "validation": len(validation)},
         cut,
+        learner.longest,
         sum(parameter.numel() for parameter in learner.model.parameters() if parameter.requires_grad),
         round(time.monotonic() - started, 1),
         outcome,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,18 +89,39 @@ def new_learner(base: Path, kind: Kind, labels: Sequence[str], size: Size, longe
     """
     _be_quiet()
     transformers.set_seed(seed)
-    tokenizer = _loaded(base, transformers.AutoTokenizer)
-    if kind == "causal-lm" and tokenizer.eos_token_id is None:
-        raise CheckpointError(f"{base}: its tokenizer has no end of text, which a language model has to learn; add one to tokenizer_config.json")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = _tokenizer(base, kind)
     model, new = _model(base, kind, labels)
     model.config.pad_token_id = tokenizer.pad_token_id
     targets, parts = (size.targets, (True,)) if size.targets else attention_targets(model)
     injection = Injection(_outside(model, targets, new), size.rank, size.alpha, size.dropout, parts, heads=new)
     inject(model, injection)
-    positions = getattr(model.config, "max_position_embeddings", None) or longest
-    return Learner(model, tokenizer, injection, kind, min(longest, positions))
+    return Learner(model, tokenizer, injection, kind, min(longest, _most_tokens(model, tokenizer)))
+
+
+def _tokenizer(base: Path, kind: Kind) -> Any:
+    tokenizer = _loaded(base, transformers.AutoTokenizer)
+    files = getattr(tokenizer, "vocab_files_names", None)  # none of a tokenizer of bytes or characters
+    names = {*files.values(), "tokenizer.json"} if files else set()
+    if names and not any((base / name).is_file() for name in names):  # transformers makes one without a vocabulary
+        raise CheckpointError(f"{base}: has no tokenizer (one of {', '.join(sorted(names))}); save the base's own there with save_pretrained")
+    if kind == "causal-lm" and tokenizer.eos_token_id is None:
+        raise CheckpointError(f"{base}: its tokenizer has no end of text, which a language model has to learn; add one to tokenizer_config.json")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise CheckpointError(f"{base}: its tokenizer has neither padding nor an end of text, to fill a batch with; add one to tokenizer_config.json")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _most_tokens(model: Any, tokenizer: Any) -> int:
+    """How many tokens the model has positions for, RoBERTa's begin after its padding's, and its tokenizer says it takes."""
+    padded = [
+        int(module.num_embeddings - module.padding_idx - 1)
+        for path, module in model.named_modules()
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    said = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    return min([*padded, *(int(most) for most in said if most and most > 0), sys.maxsize])
 
 
 def _model(base: Path, kind: Kind, labels: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
@@ -109,8 +131,16 @@ def _model(base: Path, kind: Kind, labels: Sequence[str]) -> tuple[Any, tuple[st
         if info["missing_keys"]:
             raise CheckpointError(f"{base}: lacks {sorted(info['missing_keys'])[0]}; a language model's base has to be a language model")
         return model, ()
-    named = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}} if labels else {}
-    options = {"num_labels": len(labels) or 1, "ignore_mismatched_sizes": True, **named}
+    config = _loaded(base, transformers.AutoConfig)
+    if config.is_encoder_decoder:
+        raise CheckpointError(f"{base}: an encoder with a decoder, which has no classes or numbers here; give an encoder, or a language model")
+    # Whatever the base was used for before; as attributes one by one, as together with the file's they may contradict each other.
+    config.problem_type = "single_label_classification" if kind == "classification" else "regression"
+    config.num_labels = len(labels) or 1
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    options = {"config": config, "ignore_mismatched_sizes": True}
     model, info = _loaded(base, transformers.AutoModelForSequenceClassification, output_loading_info=True, **options)
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     return model, _heads(model, {*info["missing_keys"], *mismatched})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +36,22 @@ def lorafuse(*arguments: str | Path, status: int = 0) -> str:
 
 def test_it_prints_what_the_adapter_has_over_the_baselines(arguments: list[str | Path], tmp_path: Path):
     said = lorafuse(*arguments, "--out", tmp_path / "adapter", "--max-tokens", "4")
-    for words in ("accuracy on 3 examples that were held out", "majority", "linear probe", "labels, in the order of the outputs: 0,1", "30 texts were cut"):
+    for words in (
+        "accuracy on 3 examples that were held out",
+        "majority",
+        "linear probe",
+        "labels, in the order of the outputs: 0,1",
+        "30 texts were cut to 4 tokens; --max",
+    ):
         assert words in said
     assert lorafuse(*arguments, "--out", tmp_path / "adapter", status=3).splitlines()[-1].endswith("exists already; choose another folder, or remove it")
+
+
+def test_it_says_when_a_base_takes_no_more_tokens(arguments: list[str | Path], tmp_path: Path):
+    base = Path(shutil.copytree(arguments[1], tmp_path / "base"))
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 4}))
+    assert "30 texts were cut to 4 tokens; the base takes no more\n" in lorafuse("train", base, *arguments[2:], "--out", tmp_path / "adapter")
 
 
 def test_machines_get_json(arguments: list[str | Path], tmp_path: Path):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from demo_tasks import DATA, SUPERSENSE
@@ -402,6 +403,60 @@ def test_a_class_that_is_held_out_whole_is_an_error(course: Callable[..., Course
 def test_an_encoder_is_no_base_of_a_language_model(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
     with pytest.raises(CheckpointError, match="encoder: "):
         finetune(course("causal-lm", base=bases["classification"]), tmp_path / "adapter", quiet)
+
+
+def test_texts_are_cut_to_the_positions_that_a_base_has(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+    """RoBERTa's begin after its padding's: 24 of 26."""
+    transformers.RobertaModel(transformers.RobertaConfig(**TINY, max_position_embeddings=26, pad_token_id=1)).save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(bases["classification"]).save_pretrained(tmp_path / "base")
+    rows = [{"text": "word " * 100 + str(number), "label": number % 2} for number in range(12)]
+    trained = finetune(course(base=tmp_path / "base", data=save_rows(tmp_path / "long.jsonl", rows), longest=128), tmp_path / "adapter", quiet)
+    assert (trained.longest, trained.cut) == (24, 12)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        transformers.T5Model(transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=96)),
+        transformers.BartModel(transformers.BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=96)),
+    ],
+    ids=["T5", "BART"],
+)
+def test_an_encoder_with_a_decoder_has_no_classes(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path, model: Any):
+    model.save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(bases["classification"]).save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="base: an encoder with a decoder, which has no classes or numbers here; give an encoder, or a language model"):
+        finetune(course(base=tmp_path / "base"), tmp_path / "adapter", quiet)
+
+
+@pytest.mark.parametrize(
+    ("kind", "before"), [("classification", "multi_label_classification"), ("classification", "regression"), ("regression", "single_label_classification")]
+)
+def test_what_a_base_was_used_for_before_does_not_matter(course: Callable[..., Course], tmp_path: Path, kind: Kind, before: str):
+    given = course(kind)
+    base = Path(shutil.copytree(given.base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "problem_type": before}))
+    finetune(given, tmp_path / "plain", quiet)
+    finetune(replace(given, base=base), tmp_path / "adapter", quiet)
+    assert weights(tmp_path / "adapter") == weights(tmp_path / "plain")
+
+
+def test_a_base_without_a_tokenizer_is_refused(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+    """transformers makes one for it that knows no word."""
+    base = Path(shutil.copytree(bases["classification"], tmp_path / "base"))
+    for path in base.glob("*token*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"base: has no tokenizer \(one of tokenizer\.json, vocab\.txt\); save the base's own there with save_pretrained"):
+        finetune(course(base=base), tmp_path / "adapter", quiet)
+
+
+def test_a_tokenizer_that_cannot_fill_a_batch_is_refused(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+    base = Path(shutil.copytree(bases["classification"], tmp_path / "base"))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(base)
+    with pytest.raises(CheckpointError, match="its tokenizer has neither padding nor an end of text, to fill a batch with; add one to tok"):
+        finetune(course(base=base), tmp_path / "adapter", quiet)
 
 
 def test_one_class_is_none(course: Callable[..., Course], tmp_path: Path):
