@@ -20,7 +20,7 @@ from lora.training.baselines import judged
 from lora.training.examples import Examples
 from lora.training.learner import Learner, check_finite
 
-SETTINGS, WHOLE = "settings.json", "whole"  # WHOLE marks a checkpoint that was written to its end
+SETTINGS, STATE, WHOLE = "settings.json", "trainer_state.json", "whole"  # WHOLE marks a checkpoint that was written to its end
 Report = Callable[[str, float], None]  # what is being done, and the share of the steps that is
 
 
@@ -68,6 +68,8 @@ def train(learner: Learner, schedule: Schedule, train_set: Examples, validation:
     """
     _claim(work, learner, schedule, train_set, validation, base_sha256)
     last = _last_whole(work)
+    if last:
+        _point_to_best(last)
     per_epoch = -(-len(train_set) // schedule.batch)
     planned = max(1, round(per_epoch * schedule.epochs))
     trainer: Any = transformers.Trainer(
@@ -105,7 +107,6 @@ def _arguments(schedule: Schedule, work: Path, planned: int, ended: bool) -> Any
         eval_steps=every,
         save_steps=every,
         logging_steps=max(1, every // 4),
-        save_total_limit=2,
         load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,  # how often in a row the loss was no better
         logging_nan_inf_filter=False,
@@ -148,6 +149,11 @@ class _Watch(transformers.TrainerCallback):
             flush(path)
         (checkpoint / WHOLE).touch()
         flush(checkpoint)
+        # Not by the Trainer's save_total_limit, which removes the last whole one while this has no mark yet.
+        for other in checkpoint.parent.glob("checkpoint-*"):
+            if other.name not in (checkpoint.name, f"checkpoint-{state.best_global_step}"):
+                (other / WHOLE).unlink(missing_ok=True)
+                shutil.rmtree(other)
 
 
 def _claim(work: Path, learner: Learner, schedule: Schedule, train_set: Examples, validation: Examples, base_sha256: str) -> None:
@@ -174,10 +180,23 @@ def _last_whole(work: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def _point_to_best(checkpoint: Path) -> None:
+    """Have it name the best one where that lies now: the folder may have been moved, or the working directory be another."""
+    state, written = _state(checkpoint), checkpoint / f"{STATE}.new"
+    if state.best_global_step:
+        state.best_model_checkpoint = str(checkpoint.with_name(f"checkpoint-{state.best_global_step}"))
+        state.save_to_json(str(written))
+        flush(written)
+        written.replace(checkpoint / STATE)
+
+
 def _had_ended(checkpoint: Path) -> bool:
     """Whether the run had made all its steps, or stopped early, when it wrote the checkpoint."""
-    state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return bool(state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"])
+    return bool(_state(checkpoint).stateful_callbacks["TrainerControl"]["args"]["should_training_stop"])
+
+
+def _state(checkpoint: Path) -> Any:
+    return transformers.TrainerState.load_from_json(str(checkpoint / STATE))
 
 
 def _points(history: list[dict[str, Any]]) -> tuple[Point, ...]:

@@ -115,6 +115,15 @@ def die_in_checkpoint(number: int) -> Callable[..., None]:
     return quiet
 
 
+def die_while_a_checkpoint_is_removed() -> Callable[..., None]:
+    def remove(folder: Any, *given: Any, **named: Any) -> None:
+        (Path(folder) / "trainer_state.json").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    shutil.rmtree = remove  # of the child only
+    return quiet
+
+
 def die_at_the_end() -> Callable[..., None]:
     """When the adapter is written, and its record, but not yet the curve."""
     lora.training.finetune.draw = lambda points, path: os.kill(os.getpid(), signal.SIGKILL)  # of the child only
@@ -156,12 +165,17 @@ def noise(course: Callable[..., Course], tmp_path: Path) -> Course:
     return course(data=save_rows(tmp_path / "noise.jsonl", rows), schedule=replace(QUICK, epochs=8, rate=0.03, patience=2))
 
 
-@pytest.mark.parametrize("where", ["just before its last step", "after its last evaluation", "at the very end"])
+@pytest.mark.parametrize("where", ["just before its last step", "while an old checkpoint is removed", "after its last evaluation", "at the very end"])
 def test_a_killed_run_stops_as_early_as_an_unbroken_one(noise: Course, tmp_path: Path, where: str):
     unbroken = finetune(noise, tmp_path / "unbroken", quiet)
     steps = unbroken.outcome.steps
     assert steps < unbroken.outcome.planned
-    deaths = {"just before its last step": lambda: die_at(steps - 1), "after its last evaluation": die_when_all_is_kept, "at the very end": die_at_the_end}
+    deaths = {
+        "just before its last step": lambda: die_at(steps - 1),
+        "while an old checkpoint is removed": die_while_a_checkpoint_is_removed,
+        "after its last evaluation": die_when_all_is_kept,
+        "at the very end": die_at_the_end,
+    }
     killed(noise, tmp_path / "broken", deaths[where])
     again = finetune(noise, tmp_path / "broken", quiet)
     assert 0 < again.outcome.resumed <= again.outcome.steps == steps
@@ -176,6 +190,15 @@ def test_a_run_that_was_killed_at_its_end_within_an_epoch_takes_no_further_step(
     again = finetune(given, tmp_path / "broken", quiet)
     assert replace(again.outcome, resumed=0) == unbroken.outcome
     assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
+
+
+def test_a_run_that_had_ended_finds_its_best_where_its_folder_was_moved_to(noise: Course, tmp_path: Path):
+    finetune(noise, tmp_path / "unbroken", quiet)
+    (tmp_path / "before").mkdir()
+    killed(noise, tmp_path / "before" / "out", die_at_the_end)
+    (tmp_path / "before").rename(tmp_path / "after")
+    finetune(noise, tmp_path / "after" / "out", quiet)
+    assert weights(tmp_path / "after" / "out") == weights(tmp_path / "unbroken")
 
 
 def test_a_run_does_not_go_on_with_other_weights_of_the_base(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
