@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from exporter.bundle.layout import key, to_graph
+from exporter.bundle.layout import ModelWeights, Shapes, WeightMap, key, to_graph
 from exporter.bundle.manifest import Bundle, File, Graph, Head, Port, Precision
 from exporter.bundle.staging import named_by_content
 from exporter.external import load_graph
@@ -36,6 +36,11 @@ class Dense:
     added: tuple[File, ...]
     traced: bool
 
+    @property
+    def stored(self) -> ModelWeights:
+        """The base's values for this graph; a head of another size that the files hold for another graph is not one."""
+        return ModelWeights(self.weights, self.graph.weights, _shapes(self.proto, self.graph.weights))
+
 
 def known_dense(existing: Bundle, head: Head, weights: tuple[TensorFile, ...]) -> Dense | None:
     """The graph of a task in the bundle that has the same head; none where no undamaged one has."""
@@ -54,11 +59,11 @@ def traced_dense(source: Source, head: Head, precision: Precision, adapter: Adap
     graph, proto = _trace(source, head, precision)
     progress("writing the base's weights")
     values, dtypes = source.weights(head, adapter.replaced), _dtypes(proto)
-    present = {stored for file in held for stored in file}
+    present = ModelWeights(held, graph.weights, _shapes(proto, graph.weights))
     absent = {
         key(name, order): _stored(name, values[name], order, dtypes[name], source.name)
         for name, order in graph.weights.items()
-        if name in values and key(name, order) not in present
+        if name in values and name not in present
     }
     if not absent:
         return Dense(graph, proto, dtypes, held, added=(), traced=True)
@@ -100,6 +105,11 @@ def _port(value: onnx.ValueInfoProto) -> Port:
 def _dtypes(proto: onnx.ModelProto) -> dict[str, Dtype]:
     """By name; bfloat16 as ml_dtypes has it, which safetensors files are read with."""
     return {tensor.name: numpy_dtype(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).name) for tensor in proto.graph.initializer}
+
+
+def _shapes(proto: onnx.ModelProto, weights: WeightMap) -> Shapes:
+    """By the key under which a file keeps the weight."""
+    return {key(tensor.name, weights[tensor.name]): tuple(tensor.dims) for tensor in proto.graph.initializer if tensor.name in weights}
 
 
 def _stored(name: str, values: Array, order: tuple[int, ...] | None, dtype: Dtype, source: str) -> Lazy:

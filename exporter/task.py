@@ -104,8 +104,7 @@ def export_task(request: Request, out: Path, progress: Progress = lambda step: N
 
 def _has_values(dense: Dense, adapter: Adapter) -> bool:
     """Whether every weight has a value. A head of the base's own is not in the bundle while all tasks have brought theirs."""
-    stored = ModelWeights(dense.weights, dense.graph.weights)
-    return dense.graph.weights.keys() <= stored.keys() | changes_by_parameter(stored, adapter).keys()
+    return dense.graph.weights.keys() <= dense.stored.keys() | changes_by_parameter(dense.stored, adapter).keys()
 
 
 def export_traced(
@@ -142,7 +141,7 @@ def add_task(bundle: Path, adapter: Path, task: str, labels: tuple[str, ...] = (
 def write_task(out: Path, stage: Path, plan: Plan, dense: Dense, base: Base, progress: Progress, before: Callable[[], object] = lambda: None) -> Exported:
     """Merge, stage the task's files, and commit them once ``before`` has returned."""
     progress("merging")
-    stored = ModelWeights(dense.weights, dense.graph.weights)
+    stored = dense.stored
     targets = changes_by_parameter(stored, plan.adapter)
     _check_places(plan.adapter, targets, dense.graph)
     weights, changed = _write_changed(stage, plan, dense, stored, targets)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from exporter.bundle.layout import ModelWeights, to_graph
-from exporter.bundle.manifest import Bundle, File
+from exporter.bundle.manifest import Bundle
 from lora.adapter import Change, Replacement
 from lora.fit import changes_by_parameter
 from lora.formats.peft import read_peft
@@ -26,23 +26,26 @@ def bundled_changes(bundle: Bundle, task: str, base: ModelWeights | None = None)
 
 
 def base_stored(bundle: Bundle, task: str) -> ModelWeights:
-    """The base's weights that the task's graph reads, by parameter name, after their hashes were compared."""
-    return _opened(bundle, task, bundle.manifest.base.weights)
+    """The base's weights that the task's graph can read, by parameter name, after their hashes were compared.
+
+    A base's own head is not among them where the task brought one of another size.
+    """
+    base = [TensorFile(bundle.checked(file)) for file in bundle.manifest.base.weights]
+    own = [TensorFile(bundle.checked(file)) for file in bundle.task(task).own_weights]
+    shapes = {stored: file.shape(stored) for file in own for stored in file}
+    return ModelWeights(base, bundle.graph(bundle.task(task)).weights, shapes)
 
 
 def own_stored(bundle: Bundle, task: str) -> ModelWeights:
     """The tensors that the bundle stores for the task, by parameter name, after their hashes were compared."""
-    return _opened(bundle, task, bundle.task(task).own_weights)
+    files = [TensorFile(bundle.checked(file)) for file in bundle.task(task).own_weights]
+    return ModelWeights(files, bundle.graph(bundle.task(task)).weights)
 
 
 def own_names(bundle: Bundle, task: str) -> frozenset[str]:
     """The names of ``own_stored``, from the file's header alone: nothing is hashed, for no value is read."""
     files = [TensorFile(bundle.present(file)) for file in bundle.task(task).own_weights]
     return frozenset(ModelWeights(files, bundle.graph(bundle.task(task)).weights))
-
-
-def _opened(bundle: Bundle, task: str, files: Iterable[File]) -> ModelWeights:
-    return ModelWeights([TensorFile(bundle.checked(file)) for file in files], bundle.graph(bundle.task(task)).weights)
 
 
 def brought_whole(changes: Sequence[Change]) -> bool:

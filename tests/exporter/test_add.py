@@ -5,18 +5,21 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnxruntime
 import pytest
+import transformers
 
 from engines import load
+from engines.serving import Mode, open_runtime
 from exporter.bundle.changes import merged_at_load
 from exporter.bundle.check import check_bundle
 from exporter.bundle.listing import listing
-from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest import Bundle, Store, open_bundle
 from exporter.bundle.remove import remove_task
 from exporter.task import Request, add_task, export_task
 from exporter.verify import verify
@@ -40,6 +43,7 @@ def test_it_gives_the_files_that_an_export_from_the_base_gives(tiny_copy: Path, 
 def test_it_needs_neither_torch_nor_the_base(tiny_copy: Path, write_adapter):
     program = """
 import sys
+from functools import partial
 from pathlib import Path
 from exporter.task import add_task
 add_task(Path(sys.argv[1]), Path(sys.argv[2]), "second")
@@ -266,3 +270,49 @@ def test_a_base_with_embeddings_apart_whatever_its_config_says_takes_further_tas
     exported = export_task(Request(base, adapter, "further"), Path(shutil.copytree(tmp_path / "bundle", tmp_path / "other")))
     assert not added.bundle.graph(added.bundle.task("further")).head.tied
     assert added.bundle.manifest == exported.bundle.manifest
+
+
+# --- A base that has a head of its own, and adapters that bring one of another size ---------------------------------
+
+
+def of_another_head(base: Path, adapter: Path, bundle: Path, store: Store) -> None:
+    export_task(Request(base, adapter, "three", store=store), bundle)
+
+
+def unadapted(base: Path, adapter: Path, bundle: Path, store: Store) -> None:
+    export_task(Request(base, None, "unadapted"), bundle)
+
+
+@pytest.fixture
+def with_head(tiny_base: Path, tmp_path: Path) -> Path:
+    """The tiny base with a trained head of two outputs."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "with-head"))
+    transformers.BertForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("store", ["dense", "factors"])
+@pytest.mark.parametrize("order", [(unadapted, of_another_head), (of_another_head, unadapted)], ids=["the base first", "the adapter first"])
+def test_a_head_of_another_size_than_the_bases_own_stands_beside_it(with_head: Path, tmp_path: Path, write_adapter, token_ids, order, store: Store):
+    adapter, together, apart = write_adapter(seed=1, outputs=3), tmp_path / "together", tmp_path / "apart"
+    for step in order:
+        step(with_head, adapter, together, store)
+        step(with_head, adapter, apart / step.__name__, store)
+    add_task(together, write_adapter("added", seed=2, outputs=3), "added", store=store)
+    export_task(Request(with_head, tmp_path / "added", "added", store=store), apart / "added")
+    assert check_bundle(together) == []
+    for task, alone in (("unadapted", "unadapted"), ("three", "of_another_head"), ("added", "added")):
+        np.testing.assert_array_equal(outputs(together, task, token_ids()), outputs(apart / alone, task, token_ids()))
+        assert verify(open_bundle(together), task, [token_ids()], {"ONNX graph": partial(outputs, together, task)}).passed
+
+
+@pytest.mark.parametrize("mode", ["dedicated", "resident"])
+def test_the_base_answers_under_a_head_of_another_size_than_its_own(with_head: Path, tmp_path: Path, write_adapter, token_ids, mode: Mode):
+    adapter, together, apart = write_adapter(seed=1, outputs=3), tmp_path / "together", tmp_path / "apart"
+    unadapted(with_head, adapter, together, "dense")
+    found = []
+    for bundle in (together, apart):
+        of_another_head(with_head, adapter, bundle, "dense")
+        with open_runtime(bundle, mode, threads=1) as runtime:
+            found.append(runtime.run("three", token_ids(), adapted=False)["logits"])
+    np.testing.assert_array_equal(*found)

@@ -74,3 +74,7 @@ def test_a_weight_kept_in_another_order_is_not_taken_for_this_one(files: list[Te
     assert dict.fromkeys(weights) == {"b": None}
     assert "w" not in weights
     assert len(weights) == 1
+
+
+def test_a_weight_of_another_shape_is_another_graphs(files: list[TensorFile]):
+    assert ModelWeights(files, {"w": (1, 0), "b": None}, {"w@1,0": (2, 2), "b": (2,)}).keys() == {"b"}

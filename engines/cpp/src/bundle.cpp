@@ -59,7 +59,14 @@ std::string Bundle::model(const TaskRecord& task) const {
     return {reinterpret_cast<const char*>(file.data()), file.size()};
 }
 
-Weights Bundle::base_weights(const TaskRecord& task) const { return opened(manifest_.base_weights, task); }
+Weights Bundle::base_weights(const TaskRecord& task) const {
+    Weights base = opened(manifest_.base_weights, task);
+    for (const auto& [name, own] : own_weights(task).tensors) {  // a head of another size is another graph's
+        const auto found = base.tensors.find(name);
+        if (found != base.tensors.end() && found->second.shape != own.shape) base.tensors.erase(found);
+    }
+    return base;
+}
 
 Weights Bundle::own_weights(const TaskRecord& task) const { return task.weights ? opened({*task.weights}, task) : Weights{}; }
 
