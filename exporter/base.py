@@ -73,16 +73,16 @@ def base_weights(folder: Path, head: Head, replaced: Iterable[str]) -> Mapping[s
 
 
 def input_limits(folder: Path) -> tuple[int, int]:
-    """The longest sequence, in tokens, and the number of token ids that the model takes; zeros where it takes no tokens.
-
-    RoBERTa's positions start after the padding id, so its tokenizer's limit is below ``max_position_embeddings``.
-    """
+    """The longest sequence, in tokens, and the number of token ids that the model takes; zeros where it takes no tokens."""
     tokenizer = folder / "tokenizer_config.json"
     with _refusing(f"{folder}: config.json or tokenizer_config.json does not say the model's limits"):
         config = _transformers().AutoConfig.from_pretrained(folder)
-        limit = json.loads(tokenizer.read_bytes()).get("model_max_length") if tokenizer.is_file() else None
+        said = json.loads(tokenizer.read_bytes()).get("model_max_length") if tokenizer.is_file() else None
+        limit = int(said) if said else None
         longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512)
-        return min(longest, int(limit)) if limit else longest, int(getattr(config, "vocab_size", 0))
+        vocabulary = int(getattr(config, "vocab_size", 0))
+    longest -= _unused_positions(folder, config) if vocabulary else 0
+    return min(longest, limit) if limit else longest, vocabulary
 
 
 def check_config(folder: Path) -> None:
@@ -98,6 +98,20 @@ def _refusing(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # transformers and safetensors raise classes of their own that share no root but Exception
         raise ExportError(f"{what} ({textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder=' …')})") from error
+
+
+def _unused_positions(folder: Path, config: Any) -> int:
+    """How many rows of the position table no token takes: in RoBERTa's family and MPNet positions start after the padding id."""
+    import torch
+
+    transformers = _transformers()
+    if type(config) not in transformers.MODEL_MAPPING:
+        return 0
+    with _refusing(f"{folder}: transformers {transformers.__version__} can't make a model of this base"), torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    # A table with a padding row alone says nothing (LXMERT counts from zero); what counts from there keeps the id beside the table.
+    counted = (module.padding_idx for module in model.modules() if hasattr(module, "position_embeddings") and hasattr(module, "padding_idx"))
+    return next((int(padding) + 1 for padding in counted if padding is not None), 0)
 
 
 def _config_changes(head: Head) -> dict[str, Any]:

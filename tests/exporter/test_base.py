@@ -13,8 +13,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from engines import load
 from exporter.base import base_weights, check_config, input_limits, skeleton
 from exporter.bundle.manifest import Head
+from exporter.task import Request, export_task
 from lora.errors import ExportError
 
 TWO = Head("SEQ_CLS", 2)
@@ -96,6 +98,48 @@ def test_the_longest_input_fits_both_positions_and_tokenizer(base: Path, tokeniz
     if tokenizer is not None:
         (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     assert input_limits(base) == (longest, 30522)
+
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 34}
+COUNTED = {
+    "Roberta": transformers.RobertaConfig(**SHAPE),
+    "Roberta that pads with 3": transformers.RobertaConfig(**SHAPE, pad_token_id=3),
+    "MPNet": transformers.MPNetConfig(**SHAPE),
+    "XLM-Roberta": transformers.XLMRobertaConfig(**SHAPE),
+}
+
+
+@pytest.mark.parametrize("said", [None, 10**30, 20], ids=["not said", "huge", "below the positions"])
+@pytest.mark.parametrize("config", COUNTED.values(), ids=COUNTED)
+def test_positions_that_start_after_the_padding_id_leave_fewer_tokens(config: transformers.PreTrainedConfig, said: int | None, tmp_path: Path):
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    if said is not None:
+        (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": said}))
+    taken = max(length for length in range(1, 35) if takes(model, length))
+    assert taken == 34 - config.pad_token_id - 1
+    assert input_limits(tmp_path / "base") == (min(taken, said or taken), 50)
+
+
+@pytest.mark.parametrize("name", ["Roberta", "MPNet"])
+def test_the_exported_graph_takes_the_longest_input(name: str, tmp_path: Path):
+    transformers.AutoModelForSequenceClassification.from_config(COUNTED[name]).save_pretrained(tmp_path / "base")
+    bundle = export_task(Request(tmp_path / "base", None, "unadapted"), tmp_path / "bundle").bundle
+    longest = bundle.manifest.base.longest
+    assert longest == 32
+    row = np.full((1, longest), 5)
+    known = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
+    with load(bundle.path, "unadapted", threads=1) as session:
+        logits = session.run({port.name: known[port.name] for port in bundle.graph(bundle.task("unadapted")).inputs})["logits"]
+    assert np.isfinite(logits).all()
+
+
+def takes(model: torch.nn.Module, length: int) -> bool:
+    try:
+        model(torch.full((1, length), 5))
+    except (IndexError, RuntimeError):
+        return False
+    return True
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_max_length": "x"}', '{"model_max_length": [1]}'])
