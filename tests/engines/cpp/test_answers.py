@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -74,6 +75,16 @@ def test_a_classifier_answers_with_the_same_bits(built: Built, bundle: Bundle, m
             assert found == in_python(bundle, task, mode, adapted)
             seen.add(found["logits"])
     assert len(seen) == 6  # the heads are the tasks' own
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_head_of_another_size_than_the_bases_own_answers_with_the_same_bits(built: Built, tiny_base: Path, tmp_path: Path, write_adapter, mode: str):
+    base = Path(shutil.copytree(tiny_base, tmp_path / "with-head"))
+    transformers.BertForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(base)
+    export_task(Request(base, None, "unadapted"), tmp_path / "bundle")
+    bundle = export_task(Request(base, write_adapter(outputs=3), "three"), tmp_path / "bundle").bundle
+    for task, adapted in (("unadapted", True), ("three", True), ("three", False)):
+        assert in_cpp(built, bundle, task, mode, adapted) == in_python(bundle, task, mode, adapted)
 
 
 @pytest.mark.parametrize("adapted", [True, False])
