@@ -19,11 +19,12 @@ from engines.profiles import default_profiles, given_profile
 from engines.runtime import task_model
 from engines.switch import changed_names
 from exporter.arms import unadapted_graph
-from exporter.bundle.manifest import Bundle, Engine, File, Manifest, open_bundle
-from exporter.bundle.staging import commit, named_by_content, staging
+from exporter.bundle.manifest import Bundle, Engine, File, Graph, Manifest, open_bundle
+from exporter.bundle.staging import amend, named_by_content, staging
 from exporter.densified import densified
+from lora.errors import BundleError
 
-Place = Callable[[Manifest, Engine], Manifest]
+Place = Callable[[Bundle, Engine], Manifest]
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def build(path: Path, task: str, name: BackendName, options: BuildOptions, profi
     record = bundle.task(task)
     engine = Engine(name, "", "", model_sha256=record.model.sha256, weights_sha256=bundle.weights_sha256(record))
 
-    def place(manifest: Manifest, engine: Engine) -> Manifest:
-        current = manifest.tasks[task]
-        engines = dict(sorted({**current.engines, engine.backend: engine}.items()))
-        return msgspec.structs.replace(manifest, tasks={**manifest.tasks, task: msgspec.structs.replace(current, engines=engines)})
+    def place(current: Bundle, engine: Engine) -> Manifest:
+        record = current.task(task)  # it may have gone meanwhile
+        engines = dict(sorted({**record.engines, engine.backend: engine}.items()))
+        return msgspec.structs.replace(current.manifest, tasks={**current.manifest.tasks, task: msgspec.structs.replace(record, engines=engines)})
 
     def model(folder: Path) -> Model:
         return dense_model(bundle, task, folder) if name.startswith("tensorrt") else task_model(bundle, task)
@@ -76,16 +77,23 @@ def build_unadapted(path: Path, task: str, name: BackendName, options: BuildOpti
     options = replace(options, refittable=tuple(sorted(refittable)))
     engine = Engine(name, "", "", model_sha256=digest, weights_sha256=bundle.weights_sha256(), mode=options.mode, refittable=options.refittable)
 
-    def place(manifest: Manifest, engine: Engine) -> Manifest:
-        current = manifest.graphs[digest]
-        engines = dict(sorted({**current.engines, engine.backend: engine}.items()))
-        return msgspec.structs.replace(manifest, graphs={**manifest.graphs, digest: msgspec.structs.replace(current, engines=engines)})
+    def place(current: Bundle, engine: Engine) -> Manifest:
+        graph = current_graph(current, digest)
+        engines = dict(sorted({**graph.engines, engine.backend: engine}.items()))
+        return msgspec.structs.replace(current.manifest, graphs={**current.manifest.graphs, digest: msgspec.structs.replace(graph, engines=engines)})
 
     def model(folder: Path) -> Model:
         return Model(unadapted_graph(bundle, task).SerializeToString(), bundle.path)
 
     stem = f"unadapted-{digest[:8]}"
     return _build(bundle, stem, f"unadapted {digest[:8]}", model, engine, place, with_profiles(bundle, task, options, profile), progress)
+
+
+def current_graph(bundle: Bundle, digest: str) -> Graph:
+    """The graph of that digest. Raises BundleError where it has gone meanwhile, with the last of its tasks."""
+    if digest not in bundle.manifest.graphs:
+        raise BundleError(f"{bundle.path}: the graph {digest[:12]}… has gone meanwhile, with the last task of it; export one again, and build anew")
+    return bundle.manifest.graphs[digest]
 
 
 def dense_model(bundle: Bundle, task: str, folder: Path) -> Model:
@@ -119,7 +127,7 @@ def _build(
         file = _staged(stage, f"{stem}-{engine.backend}.plan", plan.content)
         cache = _staged(stage, "timings.cache", plan.timing_cache)
         engine = msgspec.structs.replace(engine, version=builder.version(), target=plan.target, file=file)
-        commit(bundle.path, stage, lambda current: _with_cache(place(current or bundle.manifest, engine), timings, cache))
+        amend(bundle.path, stage, lambda current: _with_cache(place(current, engine), timings, cache))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Built(shown, engine, file.size if file else 0, seconds, memory)
 

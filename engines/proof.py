@@ -14,12 +14,12 @@ import msgspec
 import numpy as np
 
 from engines.backends import BackendName, BuildOptions, Model, Progress, Session, backend, unheard
-from engines.build import dense_model, with_profiles
+from engines.build import current_graph, dense_model, with_profiles
 from engines.inputs import random_inputs, sizes
 from engines.runtime import shared_plan
 from engines.switch import changed_names, task_values
 from exporter.bundle.manifest import Bundle, Engine, Manifest, Precision, open_bundle
-from exporter.bundle.staging import commit, staging
+from exporter.bundle.staging import amend, staging
 from lora.errors import EngineError
 from lora.tensorfile import Array
 
@@ -45,7 +45,9 @@ def prove(path: Path, task: str, name: BackendName, options: BuildOptions, profi
     """
     bundle = open_bundle(path)
     record = bundle.task(task)
-    shared = bundle.graph(record).engines[name]
+    shared = bundle.graph(record).engines.get(name)
+    if shared is None:
+        raise EngineError(f"{path}: the graph of '{task}' has no {name} engine that tasks share; build it with 'lorafuse build --mode refit'")
     chosen = backend(name)
     plan = shared_plan(bundle, task, shared, chosen, trusted=True)
     with staging(path) as scratch:
@@ -64,7 +66,7 @@ def prove(path: Path, task: str, name: BackendName, options: BuildOptions, profi
             again = _switched(bundle, task, session, to_base=False)
     proof = _judged(task, bundle.manifest.base.precision, wanted, base, (first, again))
     with staging(path) as stage:
-        commit(path, stage, lambda current: _proven(current or bundle.manifest, record.graph, shared, task, bundle.weights_sha256(record)))
+        amend(path, stage, lambda current: _proven(current, record.graph, shared, task, bundle.weights_sha256(record)))
     return proof
 
 
@@ -98,11 +100,12 @@ def _distance(one: list[Array], other: list[Array]) -> float:
     return max(float(np.abs(left - right).max()) for left, right in zip(one, other, strict=True))
 
 
-def _proven(manifest: Manifest, digest: str, shared: Engine, task: str, weights_sha256: str) -> Manifest:
-    graph = manifest.graphs[digest]
-    engine = graph.engines[shared.backend]
-    if engine.file != shared.file:
-        raise EngineError(f"the {shared.backend} engine that tasks share was built again meanwhile; compare it anew")
+def _proven(current: Bundle, digest: str, shared: Engine, task: str, weights_sha256: str) -> Manifest:
+    current.task(task)  # it may have gone meanwhile, and its graph or the engine with it
+    graph = current_graph(current, digest)
+    engine = graph.engines.get(shared.backend)
+    if engine is None or engine.file != shared.file:
+        raise EngineError(f"the {shared.backend} engine that tasks share was built again or removed meanwhile; compare it anew")
     proven = msgspec.structs.replace(engine, proven=dict(sorted({**engine.proven, task: weights_sha256}.items())))
     graph = msgspec.structs.replace(graph, engines={**graph.engines, shared.backend: proven})
-    return msgspec.structs.replace(manifest, graphs={**manifest.graphs, digest: graph})
+    return msgspec.structs.replace(current.manifest, graphs={**current.manifest.graphs, digest: graph})

@@ -70,6 +70,17 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
     return Bundle(bundle, manifest)
 
 
+def amend(bundle: Path, stage: Path, update: Callable[[Bundle], Manifest]) -> Bundle:
+    """As ``commit``, of a bundle that is to be there already. Raises BundleError when it has gone meanwhile, and creates none."""
+
+    def amended(current: Manifest | None) -> Manifest:
+        if current is None:
+            raise BundleError(f"{bundle}: the bundle has gone meanwhile; create it again with 'lorafuse export'")
+        return update(Bundle(bundle, current))
+
+    return commit(bundle, stage, amended)
+
+
 def current_bundle(bundle: Path) -> Bundle | None:
     """The bundle there is, or None where one can be created: no such folder, or an empty one."""
     if not bundle.exists() or (bundle.is_dir() and not any(bundle.iterdir())):

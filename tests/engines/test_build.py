@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engines.backends import AxisRange, BuildOptions, backend
-from engines.build import build
-from exporter.bundle.manifest import Bundle, encode, open_bundle
+from engines.backends import AxisRange, BuildOptions, Model, Plan, Progress, backend
+from engines.backends.onnxruntime import OnnxRuntime
+from engines.build import Built, build, build_unadapted
+from engines.proof import _proven, prove
+from exporter.bundle.manifest import Bundle, Manifest, encode, open_bundle
+from exporter.bundle.remove import remove_task
 from exporter.task import Request, export_task
 from lora.errors import BundleError, EngineError
 from lora.tensorfile import file_sha256
@@ -137,6 +141,70 @@ def test_task_exported_while_an_engine_is_built_stays_in_the_manifest(tiny_copy:
     build(tiny_copy, "first", "onnxruntime", DEFAULTS, progress=lambda step, share=None: export_task(request, tiny_copy))
     tasks = open_bundle(tiny_copy).manifest.tasks
     assert (list(tasks), list(tasks["first"].engines)) == (["first", "second"], ["onnxruntime"])
+
+
+def after_the_build(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]) -> None:
+    """``meanwhile`` happens once the engine is built, before it is recorded."""
+    through = OnnxRuntime.build
+
+    def built(self: OnnxRuntime, model: Model, options: BuildOptions, progress: Progress) -> Plan:
+        plan = through(self, model, options, progress)
+        meanwhile()
+        return plan
+
+    monkeypatch.setattr(OnnxRuntime, "build", built)
+
+
+def test_a_task_that_is_removed_while_its_engine_is_built_is_named_and_stays_removed(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch):
+    after_the_build(monkeypatch, lambda: remove_task(tiny_copy, "first"))
+    with pytest.raises(BundleError, match="no task 'first' in this bundle; it holds: none"):
+        build(tiny_copy, "first", "onnxruntime", DEFAULTS)
+    assert open_bundle(tiny_copy).manifest.tasks == {}
+
+
+def test_a_graph_that_goes_while_its_engine_is_built_is_named_and_stays_gone(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch):
+    digest = open_bundle(tiny_copy).task("first").graph
+    after_the_build(monkeypatch, lambda: remove_task(tiny_copy, "first"))
+    with pytest.raises(BundleError, match=f"the graph {digest[:12]}… has gone meanwhile"):
+        build_unadapted(tiny_copy, "first", "onnxruntime", DEFAULTS)
+    assert open_bundle(tiny_copy).manifest.graphs == {}
+
+
+@pytest.mark.parametrize("builds", [build, build_unadapted])
+def test_a_bundle_that_is_deleted_while_its_engine_is_built_is_not_created_anew(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch, builds: Callable[..., Built]):
+    after_the_build(monkeypatch, lambda: shutil.rmtree(tiny_copy))
+    with pytest.raises(BundleError, match="the bundle has gone meanwhile; create it again with 'lorafuse export'"):
+        builds(tiny_copy, "first", "onnxruntime", DEFAULTS)
+    assert contents(tiny_copy) == {}
+
+
+def recorded_proof(bundle: Path, meanwhile: Callable[[], object]) -> Manifest:
+    """What a comparison that went well would record of a bundle in which ``meanwhile`` happened during it."""
+    build_unadapted(bundle, "first", "onnxruntime", DEFAULTS)
+    before = open_bundle(bundle)
+    record = before.task("first")
+    shared = before.graph(record).engines["onnxruntime"]
+    meanwhile()
+    return _proven(open_bundle(bundle), record.graph, shared, "first", before.weights_sha256(record))
+
+
+def test_a_task_that_is_removed_while_it_is_compared_is_named(tiny_copy: Path):
+    with pytest.raises(BundleError, match="no task 'first' in this bundle"):
+        recorded_proof(tiny_copy, lambda: remove_task(tiny_copy, "first"))
+
+
+def test_an_engine_that_goes_while_it_is_compared_is_named(tiny_copy: Path, tiny_base: Path, write_adapter):
+    def again() -> None:
+        remove_task(tiny_copy, "first")
+        export_task(Request(tiny_base, write_adapter(seed=1), "first"), tiny_copy)
+
+    with pytest.raises(EngineError, match="the onnxruntime engine that tasks share was built again or removed meanwhile; compare it anew"):
+        recorded_proof(tiny_copy, again)
+
+
+def test_a_comparison_without_a_shared_engine_says_how_to_build_one(tiny_copy: Path):
+    with pytest.raises(EngineError, match="the graph of 'first' has no onnxruntime engine that tasks share; build it with 'lorafuse build --mode refit'"):
+        prove(tiny_copy, "first", "onnxruntime", DEFAULTS)
 
 
 def test_build_of_one_task_leaves_the_others_engines(rtx_copy: Path, tiny_base: Path, write_adapter):
