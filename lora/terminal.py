@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,19 @@ DONE, NO, UNDECIDED, BAD_INPUT = 0, 1, 2, 3
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """One JSON document on stdout. JSON has no word for NaN and the infinities: they are null."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(held) for key, held in value.items()}
+        case list() | tuple():
+            return [_finite(held) for held in value]
+    return value
 
 
 def print_error(message: str) -> None:
