@@ -19,6 +19,7 @@ from lora.tensorfile import Array
 # https://github.com/microsoft/onnxruntime/blob/main/include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 SPINNING = "session.intra_op.allow_spinning"
+BFLOAT16 = 16  # as onnx.TensorProto counts its types
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -68,11 +69,11 @@ class OnnxRuntime:
             options.add_session_config_entry(SPINNING, "0")
         if not self._optimize:
             options.graph_optimization_level = self._api.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if model.values:
-            names = sorted(model.values)
-            options.add_external_initializers(names, [self._api.OrtValue.ortvalue_from_numpy(model.values[name]) for name in names])
         providers = add_provider(self._api, options, self._runtime, {**cache_options(self._runtime, model), **self._given})
         try:
+            if model.values:
+                names = sorted(model.values)
+                options.add_external_initializers(names, [self._value(model.values[name]) for name in names])
             session = self._api.InferenceSession(model.graph, options, providers=providers)
         except Exception as error:  # the API raises classes of its own that share no root but Exception
             raise EngineError(f"{model.folder}: ONNX Runtime {self.version()} can't load the model ({_first_line(error)})") from error
@@ -81,6 +82,12 @@ class OnnxRuntime:
         if wanted not in used:
             raise EngineError(f"{model.folder}: {wanted} was asked for, but ONNX Runtime uses {', '.join(used)}")
         return OnnxRuntimeSession(session)
+
+    def _value(self, values: Array) -> Any:
+        """ONNX Runtime's own of an array, which stays the array's memory. It takes bfloat16, which numpy lacks, by its bits alone."""
+        if values.dtype.name == "bfloat16":
+            return self._api.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), BFLOAT16)
+        return self._api.OrtValue.ortvalue_from_numpy(values)
 
 
 class OnnxRuntimeSession:

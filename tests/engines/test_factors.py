@@ -8,14 +8,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import peft
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import engines
 import exporter
+from engines.backends import Model
+from engines.backends.onnxruntime import OnnxRuntime
 from engines.latency.arms import arms_of
 from engines.latency.openers import OnnxRuntimeOpener
 from engines.latency.verdict import MERGED
@@ -23,7 +27,7 @@ from exporter.bundle import manifest
 from exporter.bundle.changes import in_graph_order, merged_at_load
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.task import Request, add_task, export_task
-from lora.errors import BundleError
+from lora.errors import BundleError, EngineError
 from lora.tensorfile import Array, TensorFile, file_sha256
 
 
@@ -58,6 +62,25 @@ def test_in_half_precision_too(tiny_base: Path, write_adapter, tmp_path: Path, t
     assert_equal_bits(merged, {name: stored[f"{name}@1,0"] for name in merged})
     if precision == "float16":  # ONNX Runtime's CPU has no kernels for the other
         assert_equal_bits(run(bundle.path, "factors", tokens), run(bundle.path, "dense", tokens))
+    else:
+        assert refused(bundle.path, "factors", tokens) == refused(bundle.path, "dense", tokens)
+
+
+def refused(bundle: Path, task: str, inputs: dict[str, Array]) -> str:
+    with pytest.raises(EngineError, match=r"can't load the model \([^\n]+\)$") as refusal:
+        run(bundle, task, inputs)
+    return str(refusal.value)
+
+
+def test_onnx_runtime_takes_merged_values_in_bfloat16_by_their_bits(tmp_path: Path):
+    values = np.array([1.5, -2.0, 3.25], ml_dtypes.bfloat16)
+    kept = TensorProto(name="kept", data_type=TensorProto.BFLOAT16, dims=(3,), data_location=TensorProto.EXTERNAL)
+    kept.external_data.add(key="location", value="nowhere.safetensors")
+    cast = helper.make_node("Cast", ["kept"], ["wide"], to=TensorProto.FLOAT)
+    graph = helper.make_graph([cast], "cast", [], [helper.make_tensor_value_info("wide", TensorProto.FLOAT, (3,))], [kept])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    with OnnxRuntime(threads=1).load(Model(model.SerializeToString(), tmp_path, {"kept": values}), None) as session:
+        np.testing.assert_array_equal(session.run({})["wide"], values.astype(np.float32))
 
 
 class Mixed(nn.Module):
