@@ -9,7 +9,7 @@ import typer
 
 from exporter.cli import BundlePath
 from lora.cli import AsJson
-from lora.errors import EngineError
+from lora.errors import BundleError, EngineError
 from lora.terminal import Step, megabytes, print_json, print_table, progress
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def build(
     )
     tasks = task or sorted(opened.manifest.tasks)
     if price:
+        if not tasks:
+            raise BundleError(f"{bundle}: holds no task whose engine could be priced; add one with 'lorafuse export'")
         _price(opened, tasks[0], backend, options, profile or [], as_json)
         return
     built = _built(opened, tasks, backend, options, unadapted, profile or [])

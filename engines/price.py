@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from engines.inputs import random_inputs, sizes
 from engines.latency.harness import Arm, take_set
 from engines.switch import changed_names, task_values
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.staging import staging
 from lora.errors import EngineError
 
 LOAD, ROUNDS = (1, 128), 50  # batch and tokens at which the refittable engine's tax is measured
@@ -32,10 +32,13 @@ class Priced:
 
 
 def price(bundle: Bundle, task: str, name: BackendName, options: BuildOptions, profile: Sequence[str] = (), progress: Progress = unheard) -> list[Priced]:
-    """Measure every way once, the bundle untouched. A way that fails here is listed with the reason."""
+    """Measure every way once, the bundle untouched. A way that fails here is listed with the reason.
+
+    Raises BundleError where nothing can be written beside the bundle: plans that are measured lie there for a while.
+    """
     chosen, options = backend(name), with_profiles(bundle, task, options, profile)
-    with tempfile.TemporaryDirectory(dir=bundle.path.parent, prefix=".price-") as folder:
-        work = _Work(bundle, task, chosen, replace(options, mode="rebuild"), Path(folder), progress)
+    with staging(bundle.path) as folder:
+        work = _Work(bundle, task, chosen, replace(options, mode="rebuild"), folder, progress)
         return [_tried(way, measured) for way, measured in work.ways().items()]
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import tempfile
 from pathlib import Path
 
 import pytest
 from command import answer, lorafuse, refusal
 
+from engines.backends import BuildOptions
+from engines.price import price
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.remove import remove_task
+from lora.errors import BundleError
 
 pytest.importorskip("tensorrt_rtx")
 PRICE = ("--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--price")
@@ -26,7 +34,21 @@ def test_the_rebuild_is_measured_and_the_rest_named_with_its_reason(tiny_bundle:
         assert priced[way]["note"] == "not on this machine: its engine could not be built here"
     assert (tiny_bundle.path / "manifest.json").read_bytes() == before
     assert open_bundle(tiny_bundle.path).task("first").engines == {}
-    assert not list(tiny_bundle.path.parent.glob(".price-*"))
+    assert not list(tiny_bundle.path.parent.glob(".*"))
+
+
+def test_a_bundle_on_a_disk_that_cannot_be_written_is_named(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    def read_only(*arguments: object, **options: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    with pytest.raises(BundleError, match=re.escape(f"{tiny_bundle.path}: can't be written (Read-only file system); the bundle is as it was before")):
+        price(tiny_bundle, "first", "onnxruntime", BuildOptions())
+
+
+def test_a_bundle_without_tasks_has_no_price(tiny_copy: Path):
+    remove_task(tiny_copy, "first")
+    assert refusal("build", tiny_copy, "--price") == f"{tiny_copy}: holds no task whose engine could be priced; add one with 'lorafuse export'"
 
 
 def test_the_price_list_is_a_table_for_people(tiny_bundle: Bundle):
