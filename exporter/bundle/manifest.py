@@ -276,6 +276,7 @@ def _decode(path: Path) -> Manifest:
         if schema < SCHEMA:
             raise BundleError(f"{path}: schema {schema} is of an earlier lorafuse, and this one reads {SCHEMA}; export the tasks again")
         manifest = msgspec.json.decode(content, type=Manifest)
+        _check_graphs(path, manifest)
         _check_references(path, manifest)
         _check_folders(path.parent, manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -287,11 +288,26 @@ class _Schema(msgspec.Struct):
     schema: int
 
 
+def _check_graphs(path: Path, manifest: Manifest) -> None:
+    if manifest.base.longest < 0:
+        raise BundleError(f"{path}: the base's longest is {manifest.base.longest}; expected a number of tokens, or 0 for none; export the tasks again")
+    for digest, graph in manifest.graphs.items():
+        if not graph.outputs:
+            raise BundleError(f"{path}: the graph {digest[:12]!r}… has no outputs; export its tasks again")
+        if not graph.head.task_type.isprintable():
+            raise BundleError(
+                f"{path}: the graph {digest[:12]!r}… is of the task type {graph.head.task_type!r}, which can't be printed; export its tasks again"
+            )
+
+
 def _check_references(path: Path, manifest: Manifest) -> None:
     for name, task in manifest.tasks.items():
         check_task_name(name)
         if task.graph not in manifest.graphs:
             raise BundleError(f"{path}: task '{name}' names the graph {task.graph[:12]!r}…, which the manifest lacks; export the task again")
+        head = manifest.graphs[task.graph].head
+        if task.labels and head.classifies and head.outputs > 1 and len(task.labels) != head.outputs:
+            raise BundleError(f"{path}: task '{name}' has {len(task.labels)} labels, but its head has {head.outputs} outputs; export the task again")
     for file in all_files(manifest):
         pure = PurePosixPath(file.path)
         if pure.is_absolute() or ".." in pure.parts or pure.parts in ((), (MANIFEST,)) or "\\" in file.path or not file.path.isprintable():

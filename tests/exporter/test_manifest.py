@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -129,6 +130,33 @@ def test_an_engines_path_is_held_to_the_same_rules(tiny_copy: Path, add: Callabl
     edited(tiny_copy, add)
     with pytest.raises(BundleError, match=r"file path '\.\./plan' leaves the bundle"):
         open_bundle(tiny_copy)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda content: content["tasks"]["first"]["labels"].append("more"), "task 'first' has 3 labels, but its head has 2 outputs"),
+        (lambda content: content["base"].update(longest=-1), "the base's longest is -1; expected a number of tokens, or 0 for none"),
+        (lambda content: next(iter(content["graphs"].values())).update(outputs=[]), "… has no outputs; export its tasks again"),
+        (
+            lambda content: next(iter(content["graphs"].values()))["head"].update(task_type="\x1b[31m"),
+            "is of the task type '\\x1b[31m', which can't be printed",
+        ),
+    ],
+)
+def test_what_no_reader_could_use_is_refused(tiny_copy: Path, edit: Edit, said: str):
+    edited(tiny_copy, edit)
+    with pytest.raises(BundleError, match=rf"manifest\.json: .*{re.escape(said)}"):
+        open_bundle(tiny_copy)
+
+
+@pytest.mark.parametrize(("outputs", "labels"), [(2, []), (1, [])])
+def test_a_task_needs_no_labels(tiny_copy: Path, outputs: int, labels: list[str]):
+    def edit(content: dict[str, Any]) -> None:
+        next(iter(content["graphs"].values()))["head"].update(outputs=outputs)
+        content["tasks"]["first"].update(labels=labels)
+
+    assert open_bundle(edited(tiny_copy, edit)).task("first").labels == ()
 
 
 @pytest.mark.parametrize("name", ["../x", "base", "UPPER", ""])

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from exporter.bundle.manifest import SCHEMA, Base, Bundle, Graph, Head, Manifest, Task, all_files, open_bundle
+from exporter.bundle.manifest import SCHEMA, Base, Bundle, Graph, Head, Manifest, Port, Task, all_files, open_bundle
 from exporter.bundle.staging import commit, current_bundle, describe, named_by_content, staging
 from lora.errors import AdapterError, BundleError
 
@@ -29,7 +29,7 @@ def staged_task(stage: Path, name: str, content: str) -> Task:
 
 def with_task(current: Manifest | None, name: str, task: Task) -> Manifest:
     base = Base(sha256="0", precision="float32", longest=1, vocabulary=1, weights=(), files=())
-    graphs = {"g": Graph(Head("SEQ_CLS", 1), (), (), {})}
+    graphs = {"g": Graph(Head("SEQ_CLS", 1), (), (Port("logits", "float32", ("batch", 1)),), {})}
     tasks = {**(current.tasks if current else {}), name: task}
     return Manifest(schema=SCHEMA, base=base, graphs=graphs, tasks=tasks, versions={})
 

@@ -16,6 +16,8 @@ namespace fs = std::filesystem;
 
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kFolders[] = {"adapters", "base", "engines"};
+// Task types whose outputs are classes, with labels.
+constexpr const char* kClassifiers[] = {"SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS"};
 
 // Every file that the manifest names, whether a runtime reads it or not: each path is checked.
 using Files = std::vector<File>;
@@ -86,10 +88,10 @@ Graph graph_of(const JsonReader& json, Files& files) {
     json.check_fields({"head", "inputs", "outputs", "weights"}, {"engines"});
     const JsonReader head = json.at("head");
     head.check_fields({"task_type", "outputs"}, {"tied"});
-    head.at("task_type").text(), head.at("outputs").number();
+    Graph graph{{head.at("task_type").text(), head.at("outputs").number()}, {}, {}, {}, {}};
     if (head.has("tied")) head.at("tied").boolean();
-    ports_of(json.at("outputs"));
-    Graph graph{ports_of(json.at("inputs")), {}, {}};
+    graph.outputs = ports_of(json.at("outputs"));
+    graph.inputs = ports_of(json.at("inputs"));
     json.at("weights").each([&](const std::string& name, const JsonReader& order) { graph.weights[name] = key_of(name, order); });
     graph.engines = engines_of(json, files);
     return graph;
@@ -111,7 +113,8 @@ TaskRecord task_of(const std::string& name, const JsonReader& json, Files& files
 void read_base(const JsonReader& json, Files& files, Manifest& manifest) {
     json.check_fields({"sha256", "precision", "longest", "vocabulary", "weights", "files"});
     manifest.base_sha256 = json.at("sha256").text();
-    json.at("longest").number(), json.at("vocabulary").number();
+    manifest.longest = json.at("longest").number();
+    json.at("vocabulary").number();
     manifest.precision = json.at("precision").one_of({"float32", "float16", "bfloat16"});
     files_of(json.at("files"), files);
     manifest.base_weights = files_of(json.at("weights"), files);
@@ -139,6 +142,29 @@ bool is_task_name(const std::string& name) {
     return !name.empty() && name.size() <= 64 && plain(name[0]) && std::all_of(name.begin(), name.end(), allowed) && !reserved;
 }
 
+void check_graphs(const fs::path& path, const Manifest& manifest) {
+    if (manifest.longest < 0) {
+        throw Error(path.string() + ": the base's longest is " + std::to_string(manifest.longest) +
+                    "; expected a number of tokens, or 0 for none; export the tasks again");
+    }
+    for (const auto& [digest, graph] : manifest.graphs) {
+        const std::string named = path.string() + ": the graph " + in_quotes(beginning(digest, 12)) + "… ";
+        if (graph.outputs.empty()) throw Error(named + "has no outputs; export its tasks again");
+        if (!is_printable(graph.head.task_type)) {
+            throw Error(named + "is of the task type " + in_quotes(graph.head.task_type) +
+                        ", which can't be printed; export its tasks again");
+        }
+    }
+}
+
+void check_labels(const fs::path& path, const TaskRecord& task, const Head& head) {
+    const bool classifies = std::find(std::begin(kClassifiers), std::end(kClassifiers), head.task_type) != std::end(kClassifiers);
+    if (task.labels.empty() || !classifies || head.outputs <= 1) return;
+    if (static_cast<std::int64_t>(task.labels.size()) == head.outputs) return;
+    throw Error(path.string() + ": task '" + task.name + "' has " + std::to_string(task.labels.size()) +
+                " labels, but its head has " + std::to_string(head.outputs) + " outputs; export the task again");
+}
+
 void check_tasks(const fs::path& path, const Manifest& manifest) {
     for (const auto& [name, task] : manifest.tasks) {
         if (!is_task_name(name)) {
@@ -150,6 +176,7 @@ void check_tasks(const fs::path& path, const Manifest& manifest) {
             throw Error(path.string() + ": task '" + name + "' names the graph " + in_quotes(beginning(task.graph, 12)) +
                         "…, which the manifest lacks; export the task again");
         }
+        check_labels(path, task, manifest.graphs.at(task.graph).head);
     }
 }
 
@@ -232,6 +259,7 @@ Manifest read_manifest(const fs::path& bundle) {
         check_schema(path, json.root());
         Files files;
         Manifest manifest = manifest_of(json.root(), files);
+        check_graphs(path, manifest);
         check_tasks(path, manifest);
         check_paths(bundle, files);
         return manifest;

@@ -36,8 +36,14 @@ struct EngineRecord {
 
 using Engines = std::map<std::string, EngineRecord>;  // by backend
 
+struct Head {
+    std::string task_type;
+    std::int64_t outputs;
+};
+
 struct Graph {
-    std::vector<PortRecord> inputs;
+    Head head;
+    std::vector<PortRecord> inputs, outputs;
     std::map<std::string, std::string> weights;  // each parameter's name, and its key in a weights file
     Engines engines;                             // of the unadapted model
 };
@@ -55,6 +61,7 @@ struct TaskRecord {
 
 struct Manifest {
     std::string base_sha256, precision;  // of the checkpoint, and what the graphs compute in
+    std::int64_t longest;                // sequence that the base takes, in tokens
     std::vector<File> base_weights;
     std::map<std::string, Graph> graphs;
     std::map<std::string, TaskRecord> tasks;

@@ -111,6 +111,10 @@ EDITS: dict[str, Callable[[Manifest], object]] = {
     "an engine of an unknown mode": lambda content: first(content).update(engines={"b": ENGINE | {"mode": "magic"}}),
     "an engine with too little": lambda content: only(content["graphs"]).update(engines={"b": {"backend": "b"}}),
     "a timing cache upwards": lambda content: content.update(timing_caches={"k": {"path": "../b", "size": 1, "sha256": "0"}}),
+    "a label too many": lambda content: first(content)["labels"].append("more"),
+    "a graph without outputs": lambda content: only(content["graphs"]).update(outputs=[]),
+    "a negative length": lambda content: content["base"].update(longest=-1),
+    "a task type that does not show": lambda content: only(content["graphs"])["head"].update(task_type="SEQ\x1b[2J'_CLS"),
     "an axis that is none": lambda content: only(content["graphs"])["weights"].update({"classifier.weight": ["a"]}),
     "a task name upwards": lambda content: content["tasks"].update({"../first": first(content)}),
 }
