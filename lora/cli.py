@@ -11,7 +11,7 @@ import typer
 
 from lora.errors import LorafuseError
 from lora.terminal import DONE, NO, megabytes, print_json, print_table, progress
-from lora.train_cli import train
+from lora.train_cli import names_in, train
 
 if TYPE_CHECKING:
     from lora.formats.read import ReadOptions
@@ -129,7 +129,7 @@ def plan(
     from lora.dimensions import PAPERS_CASE, read_dimensions, with_papers_figures
     from lora.economics import plan as planned
 
-    names = _names(targets)
+    names = names_in(targets, "names nothing; give q, k, v or o, or names that module paths end in, such as q,v")
     found = planned(read_dimensions(model, names), rank, tasks, width)
     if (model, rank, ",".join(names), width) == PAPERS_CASE:
         found = with_papers_figures(found)
@@ -141,14 +141,6 @@ def plan(
         print_table(f"{model}: LoRA of rank {rank} on {','.join(names)}", columns, rows)
         for assumption in found.assumptions:
             print(f"- {assumption}")
-
-
-def _names(targets: str) -> list[str]:
-    """The names in a list with commas; spaces around them and a comma too many are no names."""
-    names = [name.strip() for name in targets.split(",") if name.strip()]
-    if not names:
-        raise LorafuseError(f"--targets '{targets}': names nothing; give q, k, v or o, or names that module paths end in, such as q,v")
-    return names
 
 
 def _shown(value: float, unit: str) -> str:

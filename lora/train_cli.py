@@ -55,7 +55,8 @@ def train(
     from lora.training.learner import Size
     from lora.training.run import Schedule
 
-    size = Size(rank, alpha, dropout, _names(targets) if targets is not None else ())
+    otherwise = "names no module; expected names that module paths end in, such as query,value"
+    size = Size(rank, alpha, dropout, () if targets is None else names_in(targets, otherwise))
     schedule = Schedule(epochs, batch, rate, seed, patience)
     course = Course(base, data, task.value, validation, Columns(text, target), size, schedule, max_tokens)
     with progress("train") as step:
@@ -66,10 +67,11 @@ def train(
         _print_trained(trained, max_tokens)
 
 
-def _names(targets: str) -> tuple[str, ...]:
+def names_in(targets: str, otherwise: str) -> tuple[str, ...]:
+    """The names in a list with commas; spaces around them and a comma too many are no names. Raises LorafuseError saying ``otherwise`` where none is left."""
     names = tuple(name.strip() for name in targets.split(",") if name.strip())
     if not names:
-        raise LorafuseError(f"--targets '{targets}': names no module; expected names that module paths end in, such as query,value")
+        raise LorafuseError(f"--targets '{targets}': {otherwise}")
     return names
 
 
