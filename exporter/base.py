@@ -13,6 +13,7 @@ from typing import Any
 from exporter.bundle.manifest import Head, Precision
 from exporter.heads import WITH_HEADS, is_of_head
 from lora.errors import ExportError
+from lora.positions import unused_positions
 from lora.tensorfile import Array
 
 AUTO_CLASSES: Mapping[str, str] = {
@@ -101,7 +102,7 @@ def _refusing(what: str) -> Iterator[None]:
 
 
 def _unused_positions(folder: Path, config: Any) -> int:
-    """How many rows of the position table no token takes: in RoBERTa's family and MPNet positions start after the padding id."""
+    """How many rows of the base's position table no token takes, by a model without weights; 0 where the base alone is no model."""
     import torch
 
     transformers = _transformers()
@@ -109,9 +110,7 @@ def _unused_positions(folder: Path, config: Any) -> int:
         return 0
     with _refusing(f"{folder}: transformers {transformers.__version__} can't make a model of this base"), torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
-    # A table with a padding row alone says nothing (LXMERT counts from zero); what counts from there keeps the id beside the table.
-    counted = (module.padding_idx for module in model.modules() if hasattr(module, "position_embeddings") and hasattr(module, "padding_idx"))
-    return next((int(padding) + 1 for padding in counted if padding is not None), 0)
+    return unused_positions(model)
 
 
 def _config_changes(head: Head) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ import transformers
 from safetensors import SafetensorError
 
 from lora.errors import AdapterError, CheckpointError
-from lora.layers import Injection, chosen_layers, inject
+from lora.layers import Injection, inject
+from lora.positions import unused_positions
 from lora.projections import attention_targets
 from lora.training.examples import Examples, Kind
 
@@ -93,7 +93,7 @@ def new_learner(base: Path, kind: Kind, labels: Sequence[str], size: Size, longe
     model, new = _model(base, kind, labels)
     model.config.pad_token_id = tokenizer.pad_token_id
     targets, parts = (size.targets, (True,)) if size.targets else attention_targets(model)
-    injection = Injection(_outside(model, targets, new), size.rank, size.alpha, size.dropout, parts, heads=new)
+    injection = Injection(targets, size.rank, size.alpha, size.dropout, parts, heads=new)
     inject(model, injection)
     return Learner(model, tokenizer, injection, kind, min(longest, _most_tokens(model, tokenizer)))
 
@@ -115,13 +115,8 @@ def _tokenizer(base: Path, kind: Kind) -> Any:
 
 def _most_tokens(model: Any, tokenizer: Any) -> int:
     """How many tokens the model has positions for, RoBERTa's begin after its padding's, and its tokenizer says it takes."""
-    padded = [
-        int(module.num_embeddings - module.padding_idx - 1)
-        for path, module in model.named_modules()
-        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-    ]
-    said = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    return min([*padded, *(int(most) for most in said if most and most > 0), sys.maxsize])
+    positions, said = getattr(model.config, "max_position_embeddings", None) or 0, tokenizer.model_max_length or 0
+    return min([*(int(most) for most in (positions - unused_positions(model), said) if most > 0), sys.maxsize])
 
 
 def _model(base: Path, kind: Kind, labels: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
@@ -156,14 +151,6 @@ def _heads(model: Any, new: set[str]) -> tuple[str, ...]:
     alone = [path for path in {name.rpartition(".")[0] for name in new} if path in modules and path not in whole]  # with parameters that the base has
     chosen = sorted({*whole, *alone})
     return tuple(path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen))
-
-
-def _outside(model: Any, targets: tuple[str, ...], heads: Sequence[str]) -> tuple[str, ...] | str:
-    """The targets, as a regular expression where they would name parts of a head: PEFT puts no LoRA into what is trained whole."""
-    if not any(f"{path}.".startswith(f"{head}.") for path in chosen_layers(model, targets) for head in heads):
-        return targets
-    within, names = ("|".join(map(re.escape, words)) for words in (heads, targets))
-    return rf"(?!({within})(\.|$))(.*\.)?({names})"
 
 
 def _loaded(base: Path, auto: Any, **options: Any) -> Any:
