@@ -35,28 +35,44 @@ def head_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart:
     """The head that ``adapter`` was trained with, over the base whose config.json lies in ``folder``.
 
     ``task_type`` is the user's word; without it the adapter's own counts, and without that the base's architecture.
-    ``apart`` says that the base itself has an output embedding that is not the input's.
-    Raises ExportError for a task type that is not one of ``TASK_TYPES``, an adapter of more than the part of a model that is exported,
-    or a base without the configuration it needs.
+    ``apart`` says that the base itself has an output embedding that is not the input's. Raises ExportError for a task
+    type that is not one of ``TASK_TYPES``, an adapter of more than the part of a model that is exported, or a base
+    without the configuration it needs.
     """
     config = read_config(folder)
-    kind = task_type or ("FEATURE_EXTRACTION" if config.get("model_type") in ENCODERS else adapter.task_type) or _of_architecture(config)
+    kind = (
+        task_type
+        or ("FEATURE_EXTRACTION" if config.get("model_type") in ENCODERS else adapter.task_type)
+        or _of_architecture(config)
+    )
     if kind not in TASK_TYPES:
-        raise ExportError(f"{adapter.path}: task_type {kind!r} can't be exported; expected one of {', '.join(TASK_TYPES)}")
+        raise ExportError(
+            f"{adapter.path}: task_type {kind!r} can't be exported; expected one of {', '.join(TASK_TYPES)}"
+        )
     if kind == "FEATURE_EXTRACTION":
         _check_part(adapter, str(config.get("model_type")))
     if kind in WITH_HEADS:
         return Head(kind, _rows_of_head(adapter) or _classes(config))
-    size = _first(config, ("vocab_size",) if kind.endswith("_LM") else ("projection_dim", "hidden_size", "d_model", "dim", "n_embd"))
+    size = _first(
+        config,
+        ("vocab_size",) if kind.endswith("_LM") else ("projection_dim", "hidden_size", "d_model", "dim", "n_embd"),
+    )
     if size is None:
-        raise ExportError(f"{folder / 'config.json'}: says neither vocabulary nor width, so the outputs of a {kind} model are unknown; fetch the base again")
+        raise ExportError(
+            f"{folder / 'config.json'}: says neither vocabulary nor width, so the outputs of a {kind} model are"
+            " unknown; fetch the base again"
+        )
     return Head(kind, size, tied=not (kind.endswith("_LM") and (apart or _unties(adapter, config))))
 
 
 def embeddings_apart(names: Iterable[str]) -> bool:
-    """Whether a checkpoint with tensors of these names has an output embedding of its own, whatever its configuration says (T5 1.1's ties)."""
+    """Whether a checkpoint with tensors of these names has an output embedding of its own, whatever its configuration
+    says (T5 1.1's ties).
+    """
     stored = tuple(names)
-    return any(name.endswith(OUTPUT_EMBEDDING) for name in stored) and any(name.endswith(INPUT_EMBEDDINGS) for name in stored)
+    return any(name.endswith(OUTPUT_EMBEDDING) for name in stored) and any(
+        name.endswith(INPUT_EMBEDDINGS) for name in stored
+    )
 
 
 def is_of_head(parameter: str) -> bool:
@@ -70,16 +86,24 @@ def _check_part(adapter: Adapter, model_type: str) -> None:
         assert not isinstance(change, Blend)  # made by a merge of several adapters
         path = change.parameter if isinstance(change, Replacement) else change.module
         if other in path.split("."):
-            raise ExportError(f"{adapter.path}: changes '{path}', but of a {model_type} model the {exported} alone is exported; train one of the {exported}")
+            raise ExportError(
+                f"{adapter.path}: changes '{path}', but of a {model_type} model the {exported} alone is exported; train"
+                f" one of the {exported}"
+            )
 
 
 def _of_architecture(config: Mapping[str, Any]) -> str:
     names = " ".join(map(str, config.get("architectures") or ()))
-    return next((kind for kind, suffixes in TASK_TYPES.items() if any(suffix in names for suffix in suffixes)), "FEATURE_EXTRACTION")
+    return next(
+        (kind for kind, suffixes in TASK_TYPES.items() if any(suffix in names for suffix in suffixes)),
+        "FEATURE_EXTRACTION",
+    )
 
 
 def _rows_of_head(adapter: Adapter) -> int | None:
-    """How many classes the head that the adapter brings tells apart; None where it brings none and the base's own counts."""
+    """How many classes the head that the adapter brings tells apart; None where it brings none and the base's own
+    counts.
+    """
     for suffix in HEAD_WEIGHTS:
         for name, value in adapter.replaced.items():
             if name.endswith(suffix) and value.ndim == 2:
@@ -99,7 +123,9 @@ def _unties(adapter: Adapter, config: Mapping[str, Any]) -> bool:
     """
     changed = [change for change in adapter.changes if not isinstance(change, Rows | Blend)]
     names = [change.parameter if isinstance(change, Replacement) else f"{change.module}.weight" for change in changed]
-    return bool(config.get("tie_word_embeddings", True)) and any(name.endswith((OUTPUT_EMBEDDING, *INPUT_EMBEDDINGS)) for name in names)
+    return bool(config.get("tie_word_embeddings", True)) and any(
+        name.endswith((OUTPUT_EMBEDDING, *INPUT_EMBEDDINGS)) for name in names
+    )
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:

@@ -1,4 +1,6 @@
-"""Any torch module, through Python: traced under its own parameters' names, merged with an adapter, written into a bundle."""
+"""Any torch module, through Python: traced under its own parameters' names, merged with an adapter, written into a
+bundle.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from exporter.base_graph import held_weights
 from exporter.bundle.manifest import MODULE, Head, Precision, Store, check_task_name
 from exporter.bundle.staging import current_bundle
-from exporter.dense import Progress, held_weights
-from exporter.precision import torch_dtype
-from exporter.signature import Called, Signature
+from exporter.graph.precision import torch_dtype
+from exporter.graph.signature import Called, Signature
 from exporter.source import Source
 from exporter.task import Exported, Plan, adapter_of, check_same_base, export_traced, precision_of
+from lora.progress import Progress, unheard
 
 
 def export(
@@ -30,7 +33,7 @@ def export(
     outputs: tuple[str, ...] = ("output",),
     precision: Precision | None = None,
     store: Store = "dense",
-    progress: Progress = lambda step: None,
+    progress: Progress = unheard,
 ) -> Exported:
     """Export ``module(**example_inputs)``, with ``adapter`` merged in, as a task of the bundle ``out``.
 
@@ -50,9 +53,15 @@ def export(
         model = copy.deepcopy(module).to(torch_dtype(asked))
         return Signature(Called(model, torch_dtype(asked)), dict(example_inputs), dynamic, outputs)
 
-    state = {name: tensor.detach().float().numpy() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    state = {
+        name: tensor.detach().float().numpy()
+        for name, tensor in module.state_dict().items()
+        if tensor.is_floating_point()
+    }
     sha256 = _fingerprint(module)
-    source = Source(type(module).__name__, lambda: sha256, traced, lambda head, replaced: state, files=(), longest=0, vocabulary=0)
+    source = Source(
+        type(module).__name__, lambda: sha256, traced, lambda head, replaced: state, files=(), longest=0, vocabulary=0
+    )
     existing = current_bundle(Path(out))
     check_same_base(existing, sha256)
     held = held_weights(existing) if existing else ()

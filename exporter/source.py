@@ -1,4 +1,4 @@
-"""Where a dense model comes from: what exporting needs to know of a base, whether transformers or the caller made it."""
+"""Where a dense model comes from: what an export needs to know of a base that transformers or the caller made."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.base import base_weights, check_config, input_limits, skeleton
 from exporter.bundle.manifest import Head, Precision
-from lora.tensorfile import Array
+from exporter.transformers_base import base_weights, check_config, input_limits, skeleton
+from lora.files.tensorfile import Array
 
 if TYPE_CHECKING:  # a task with a known head is exported without torch
-    from exporter.signature import Signature
+    from exporter.graph.signature import Signature
 
-SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A base, by what messages call it and the fingerprint of its weights, which may be asked for late: it takes seconds to make.
+    """A base, by what messages call it and the fingerprint of its weights, which may be asked for late: it takes
+    seconds to make.
 
     ``signature`` makes a module to trace; ``weights`` gives the real values by parameter name, without those that an
-    adapter replaces (``replaced``). ``files`` are copied into the bundle; ``longest`` and ``vocabulary`` are the base's limits in tokens.
+    adapter replaces (``replaced``). ``files`` are copied into the bundle; ``longest`` and ``vocabulary`` are the base's
+    limits in tokens.
     """
 
     name: str
@@ -38,7 +46,7 @@ def checkpoint(folder: Path, fingerprint: Callable[[], str]) -> Source:
     """The base in ``folder``, a checkpoint that transformers knows. Raises ExportError where it does not."""
 
     def traced(head: Head, precision: Precision) -> Signature:
-        from exporter.signature import signature
+        from exporter.graph.signature import signature
 
         return signature(skeleton(folder, head, precision), head)
 

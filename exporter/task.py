@@ -15,29 +15,45 @@ from pathlib import Path
 
 import msgspec
 
+from exporter.base_graph import Dense, held_weights, known_dense, traced_dense
 from exporter.bundle.changes import brought_whole
 from exporter.bundle.layout import ModelWeights, key, to_graph
-from exporter.bundle.manifest import MODULE, SCHEMA, Base, Bundle, File, Graph, Head, Manifest, Precision, Store, Task, check_task_name, open_bundle
+from exporter.bundle.manifest import (
+    MODULE,
+    SCHEMA,
+    Base,
+    Bundle,
+    File,
+    Graph,
+    Head,
+    Manifest,
+    Precision,
+    Store,
+    Task,
+    check_task_name,
+    open_bundle,
+)
 from exporter.bundle.staging import commit, current_bundle, describe, named_by_content, staging
-from exporter.dense import Dense, Progress, held_weights, known_dense, traced_dense
-from exporter.digest import graph_digest
-from exporter.external import pointed
+from exporter.graph.digest import graph_digest
+from exporter.graph.external_data import pointed
 from exporter.heads import embeddings_apart, head_of
 from exporter.source import Source, checkpoint
 from lora.adapter import Adapter
 from lora.bases.checkpoint import fingerprint, weight_files
 from lora.errors import BundleError, ExportError
-from lora.fit import changes_by_parameter
+from lora.files.tensorfile import TensorFile, TensorWriter
 from lora.formats.peft import read_peft
-from lora.merge import Targets, check_base, merge
-from lora.tensorfile import TensorFile, TensorWriter
+from lora.merging.fit import changes_by_parameter
+from lora.merging.merge import Targets, check_base, merge
+from lora.progress import Progress, unheard
 
 TOOLS = ("lorafuse", "onnx")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to export: folders of the base and the adapter (None: the base as it is), the task's name, its class labels (may be empty).
+    """What to export: folders of the base and the adapter (None: the base as it is), the task's name, its class labels
+    (may be empty).
 
     ``task_type`` overrides the adapter's, ``precision`` None is the bundle's, or float32 in a new one.
     """
@@ -76,16 +92,22 @@ class Plan:
     store: Store
 
 
-def export_task(request: Request, out: Path, progress: Progress = lambda step: None) -> Exported:
+def export_task(request: Request, out: Path, progress: Progress = unheard) -> Exported:
     """Merge ``request.adapter`` into ``request.base`` and write the task into the bundle ``out``, created if need be.
 
     A task of the same name is replaced. Raises a LorafuseError, and leaves the bundle as it was, when the adapter can't
-    be read or does not fit, the bundle holds another base or precision, the labels do not match the head, or the disk is full.
+    be read or does not fit, the bundle holds another base or precision, the labels do not match the head, or the disk
+    is full.
     """
     check_task_name(request.task)
     progress("reading the adapter")
     adapter = adapter_of(request.adapter, request.base)
-    head = head_of(adapter, request.base, request.task_type, embeddings_apart(name for path in weight_files(request.base) for name in TensorFile(path)))
+    head = head_of(
+        adapter,
+        request.base,
+        request.task_type,
+        embeddings_apart(name for path in weight_files(request.base) for name in TensorFile(path)),
+    )
     existing = current_bundle(out)
     precision = precision_of(existing, request.precision)
     plan = Plan(request.task, adapter, head, _labels(request.labels, head, adapter), request.store)
@@ -95,32 +117,57 @@ def export_task(request: Request, out: Path, progress: Progress = lambda step: N
         if existing is not None or adapter.base_sha256 is not None:
             check_base(adapter, hashing.result())
             check_same_base(existing, hashing.result())
-        dense = known_dense(existing, head, held) if existing and len(held) == len(existing.manifest.base.weights) else None
+        dense = (
+            known_dense(existing, head, held) if existing and len(held) == len(existing.manifest.base.weights) else None
+        )
         if existing is None or dense is None or not _has_values(dense, adapter):
-            return export_traced(checkpoint(request.base, hashing.result), plan, precision, existing, held, out, progress)
+            return export_traced(
+                checkpoint(request.base, hashing.result), plan, precision, existing, held, out, progress
+            )
     with staging(out) as stage:
         return write_task(out, stage, plan, dense, existing.manifest.base, progress)
 
 
 def _has_values(dense: Dense, adapter: Adapter) -> bool:
-    """Whether every weight has a value. A head of the base's own is not in the bundle while all tasks have brought theirs."""
+    """Whether every weight has a value.
+
+    A head of the base's own is not in the bundle while all tasks have brought theirs.
+    """
     return dense.graph.weights.keys() <= dense.stored.keys() | changes_by_parameter(dense.stored, adapter).keys()
 
 
 def export_traced(
-    source: Source, plan: Plan, precision: Precision, existing: Bundle | None, held: tuple[TensorFile, ...], out: Path, progress: Progress
+    source: Source,
+    plan: Plan,
+    precision: Precision,
+    existing: Bundle | None,
+    held: tuple[TensorFile, ...],
+    out: Path,
+    progress: Progress,
 ) -> Exported:
-    """Trace ``source`` and write the task. ``held`` are the files of the base's weights that the bundle has, undamaged."""
+    """Trace ``source`` and write the task.
+
+    ``held`` are the files of the base's weights that the bundle has, undamaged.
+    """
     with staging(out) as stage:
         dense = traced_dense(source, plan.head, precision, plan.adapter, held, stage, progress)
         base = _staged_base(stage, source, precision, existing, dense)
         return write_task(out, stage, plan, dense, base, progress)
 
 
-def add_task(bundle: Path, adapter: Path, task: str, labels: tuple[str, ...] = (), store: Store = "dense", progress: Progress = lambda step: None) -> Exported:
-    """Add a task to a bundle without its base's checkpoint: the bundle has the weights, and a graph for each head that it knows.
+def add_task(
+    bundle: Path,
+    adapter: Path,
+    task: str,
+    labels: tuple[str, ...] = (),
+    store: Store = "dense",
+    progress: Progress = unheard,
+) -> Exported:
+    """Add a task to a bundle without its base's checkpoint: the bundle has the weights, and a graph for each head that
+    it knows.
 
-    Raises BundleError when no task has the adapter's head, or the base's weights are damaged, and what ``export_task`` raises.
+    Raises BundleError when no task has the adapter's head, or the base's weights are damaged, and what ``export_task``
+    raises.
     """
     check_task_name(task)
     progress("reading the adapter")
@@ -131,14 +178,29 @@ def add_task(bundle: Path, adapter: Path, task: str, labels: tuple[str, ...] = (
     files = existing.manifest.base.weights
     dense = known_dense(existing, head, tuple(TensorFile(existing.present(file)) for file in files))
     if dense is None:
-        raise BundleError(f"{bundle}: no task has a {head.task_type} head of {head.outputs} outputs yet; add the first with 'lorafuse export', from the base")
+        raise BundleError(
+            f"{bundle}: no task has a {head.task_type} head of {head.outputs} outputs yet; add the first with 'lorafuse"
+            " export', from the base"
+        )
     plan = Plan(task, read, head, _labels(labels, head, read), store)
     with ThreadPoolExecutor(1) as pool, staging(bundle) as stage:
-        checks = [pool.submit(existing.checked, file) for file in files]  # while the tensors are merged; waited for before anything is changed
-        return write_task(bundle, stage, plan, dense, existing.manifest.base, progress, lambda: [check.result() for check in checks])
+        checks = [
+            pool.submit(existing.checked, file) for file in files
+        ]  # while the tensors are merged; waited for before anything is changed
+        return write_task(
+            bundle, stage, plan, dense, existing.manifest.base, progress, lambda: [check.result() for check in checks]
+        )
 
 
-def write_task(out: Path, stage: Path, plan: Plan, dense: Dense, base: Base, progress: Progress, before: Callable[[], object] = lambda: None) -> Exported:
+def write_task(
+    out: Path,
+    stage: Path,
+    plan: Plan,
+    dense: Dense,
+    base: Base,
+    progress: Progress,
+    before: Callable[[], object] = lambda: None,
+) -> Exported:
     """Merge, stage the task's files, and commit them once ``before`` has returned."""
     progress("merging")
     stored = dense.stored
@@ -176,12 +238,17 @@ def adapter_of(folder: Path | None, base: Path) -> Adapter:
 
 
 def precision_of(existing: Bundle | None, asked: Precision | None) -> Precision:
-    """The precision that was asked for, which must be the bundle's where there is one. Raises BundleError when it is not."""
+    """The precision that was asked for, which must be the bundle's where there is one.
+
+    Raises BundleError when it is not.
+    """
     if existing is None:
         return asked or "float32"
     held = existing.manifest.base.precision
     if asked not in (None, held):
-        raise BundleError(f"{existing.path}: its graphs compute in {held}, but {asked} was asked for; use a bundle of its own")
+        raise BundleError(
+            f"{existing.path}: its graphs compute in {held}, but {asked} was asked for; use a bundle of its own"
+        )
     return held
 
 
@@ -192,12 +259,15 @@ def _module_head(bundle: Bundle) -> Head | None:
 
 
 def _apart(bundle: Bundle) -> bool:
-    """Whether the base itself has its embeddings apart: a task's graph does whose adapter would have left them one tensor.
+    """Whether the base itself has its embeddings apart: a task's graph does whose adapter would have left them one
+    tensor.
 
     A task whose adapter changes one of the two says nothing about the base. On a base that ties them, a further task's
     trained tokens would then reach one of the two only.
     """
-    return any(_unadapted_ties(bundle, task) for task in bundle.manifest.tasks.values() if not bundle.graph(task).head.tied)
+    return any(
+        _unadapted_ties(bundle, task) for task in bundle.manifest.tasks.values() if not bundle.graph(task).head.tied
+    )
 
 
 def _unadapted_ties(bundle: Bundle, task: Task) -> bool:
@@ -210,9 +280,14 @@ def _labels(given: tuple[str, ...], head: Head, adapter: Adapter) -> tuple[str, 
     if not given:
         return tuple(f"LABEL_{index}" for index in range(head.outputs)) if head.classifies and head.outputs > 1 else ()
     if not head.classifies:
-        raise ExportError(f"{adapter.path}: a {head.task_type} model has no classes, but labels were given; leave them out")
+        raise ExportError(
+            f"{adapter.path}: a {head.task_type} model has no classes, but labels were given; leave them out"
+        )
     if len(given) != head.outputs:
-        raise ExportError(f"{adapter.path}: the head has {head.outputs} outputs, but {len(given)} labels were given; give one per output")
+        raise ExportError(
+            f"{adapter.path}: the head has {head.outputs} outputs, but {len(given)} labels were given; give one per"
+            " output"
+        )
     return given
 
 
@@ -220,28 +295,39 @@ def check_same_base(existing: Bundle | None, base_sha256: str) -> None:
     """Raises BundleError where the bundle holds another base."""
     if existing is not None and existing.manifest.base.sha256 != base_sha256:
         held = existing.manifest.base.sha256
-        raise BundleError(f"{existing.path}: holds tasks of the base {held[:12]}…, but this base is {base_sha256[:12]}…; use a bundle of its own")
+        raise BundleError(
+            f"{existing.path}: holds tasks of the base {held[:12]}…, but this base is {base_sha256[:12]}…; use a bundle"
+            " of its own"
+        )
 
 
 def _check_places(adapter: Adapter, targets: Iterable[str], graph: Graph) -> None:
     unused = sorted(set(targets) - graph.weights.keys())
     if unused:
-        raise ExportError(f"{adapter.path}: tensor '{unused[0]}' has no place in the graph; the adapter was trained on another model")
+        raise ExportError(
+            f"{adapter.path}: tensor '{unused[0]}' has no place in the graph; the adapter was trained on another model"
+        )
 
 
-def _write_changed(stage: Path, plan: Plan, dense: Dense, stored: ModelWeights, targets: Targets) -> tuple[File | None, list[str]]:
-    """Merge one tensor after the other and stage those that the task's file is to hold; the names of all that change."""
+def _write_changed(
+    stage: Path, plan: Plan, dense: Dense, stored: ModelWeights, targets: Targets
+) -> tuple[File | None, list[str]]:
+    """Merge one tensor after the other and stage those for the task's file; the names of all that change."""
     order = dense.graph.weights
     kept = {name for name, changes in targets.items() if plan.store == "dense" or brought_whole(changes)}
     shapes = {tensor.name: tuple(tensor.dims) for tensor in dense.proto.graph.initializer}
     expected = {key(name, order[name]): (dense.dtypes[name], shapes[name]) for name in kept}
-    widest_first = dict(sorted(targets.items(), key=lambda target: (-dense.dtypes[target[0]].itemsize, target[0])))  # keeps every tensor aligned
+    widest_first = dict(
+        sorted(targets.items(), key=lambda target: (-dense.dtypes[target[0]].itemsize, target[0]))
+    )  # keeps every tensor aligned
     changed = []
     with TensorWriter(stage / "task.safetensors", expected) as writer:
         for merged in merge(stored, widest_first, plan.adapter.path, {name: dense.dtypes[name] for name in targets}):
             changed.append(merged.parameter)
             if merged.parameter in kept:
-                writer.add(key(merged.parameter, order[merged.parameter]), to_graph(merged.stored, order[merged.parameter]))
+                writer.add(
+                    key(merged.parameter, order[merged.parameter]), to_graph(merged.stored, order[merged.parameter])
+                )
     if not kept:
         (stage / "task.safetensors").unlink()
         return None, changed
@@ -249,7 +335,9 @@ def _write_changed(stage: Path, plan: Plan, dense: Dense, stored: ModelWeights, 
 
 
 def _write_graph(stage: Path, plan: Plan, dense: Dense, weights: File | None) -> File:
-    """Stage the graph, pointed at the task's tensors and the base's; without tensors of its own it is one that tasks share."""
+    """Stage the graph, pointed at the task's tensors and the base's; without tensors of its own it is one that tasks
+    share.
+    """
     files = (*dense.weights, TensorFile(stage / weights.path)) if weights else dense.weights
     proto = pointed(dense.proto, dense.graph.weights, files)
     (stage / "task.onnx").write_bytes(proto.SerializeToString(deterministic=True))
@@ -274,7 +362,14 @@ def _staged_base(stage: Path, source: Source, precision: Precision, existing: Bu
     for file in source.files:
         shutil.copyfile(file, stage / "base" / file.name)
     files = tuple(describe(stage, f"base/{file.name}") for file in source.files)
-    return Base(source.fingerprint(), precision, longest=source.longest, vocabulary=source.vocabulary, weights=dense.added, files=files)
+    return Base(
+        source.fingerprint(),
+        precision,
+        longest=source.longest,
+        vocabulary=source.vocabulary,
+        weights=dense.added,
+        files=files,
+    )
 
 
 def _with_task(current: Manifest | None, base: Base, name: str, task: Task, graph: Graph) -> Manifest:
@@ -282,7 +377,9 @@ def _with_task(current: Manifest | None, base: Base, name: str, task: Task, grap
     if current is None:
         return Manifest(schema=SCHEMA, base=base, graphs={task.graph: graph}, tasks={name: task}, versions=_versions())
     if (current.base.sha256, current.base.precision) != (base.sha256, base.precision):
-        raise BundleError(f"task '{name}': another export has made this bundle for another base meanwhile; use a bundle of its own")
+        raise BundleError(
+            f"task '{name}': another export has made this bundle for another base meanwhile; use a bundle of its own"
+        )
     former = current.tasks.get(name)
     if former is not None and (former.model, former.adapter_sha256) == (task.model, task.adapter_sha256):
         task = msgspec.structs.replace(task, engines=former.engines)

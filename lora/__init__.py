@@ -1,4 +1,5 @@
 """What a LoRA adapter is, and what it does to a weight. Needs numpy, not torch.
 
-``lora.formats.read.read_adapter`` reads one, ``lora.fit`` finds its tensors in a base, ``lora.merge.merge`` yields the tensors that it changes.
+``lora.formats.read.read_adapter`` reads one, ``lora.merging.fit`` finds its tensors in a base,
+``lora.merging.merge.merge`` yields the tensors that it changes.
 """

@@ -1,6 +1,6 @@
 """What an adapter is, whatever format it came in: changes to some of a base's tensors.
 
-A change names the module it belongs to; which tensor of a given base that is, ``lora.fit`` decides.
+A change names the module it belongs to; which tensor of a given base that is, ``lora.merging.fit`` decides.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 # How B · A becomes an update of the weight's shape.
 #   linear      (out, in) = B · A, also where a transformers Conv1D or an embedding stores (in, out): (B · A)ᵀ
 #   conv        two convolutions composed: A with the kernel's extent, B with extent 1
-#   view        loralib, whose file does not name the layer: a kernel takes B · A as its bytes, a matrix is linear or transposed
+# view        loralib, whose file does not name the layer: a kernel takes B · A as its bytes, a matrix is linear or
+# transposed
 #   experts     one product per expert, stacked: A is (experts · rank, in), B is (out, rank · experts)
 Layout = Literal["linear", "transposed", "conv", "view", "experts"]
 # How a format spells module names: as they are, or with dots written as underscores (kohya).
@@ -25,7 +26,8 @@ Rule = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
 @dataclass(frozen=True)
 class LowRank:
-    """``W' = W + scaling · B · A`` (Hu et al. 2021, eq. 3); with a ``magnitude``, DoRA's ``W' = m · V / ‖V‖`` of that V.
+    """``W' = W + scaling · B · A`` (Hu et al. 2021, eq. 3); with a ``magnitude``, DoRA's ``W' = m · V / ‖V‖`` of that
+    V.
 
     ``rank`` is each product's inner dimension. ``parameters`` are the names that the weight may have below the module;
     the base has one of them. ``square`` is for the layout "view": how square matrices are stored, None if nobody said.
@@ -76,7 +78,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Blend:
-    """Updates of one weight by several adapters, blended before they are added: ``W' = W + rule(weights, s·B·A of each)``.
+    """Updates of one weight by several adapters, blended before they are added: ``W' = W + rule(weights, s·B·A of
+    each)``.
 
     ``density`` is the share of each update that its pruning keeps; ``seeds`` draw what DARE drops, one per update.
     """
@@ -96,7 +99,8 @@ class Adapter:
     """One trained task.
 
     ``files`` are the files it was read from and ``sha256`` identifies their bytes. ``base_sha256`` is the fingerprint
-    of the base it was trained on, where the file records one. ``skipped`` are the file's components that were not chosen.
+    of the base it was trained on, where the file records one. ``skipped`` are the file's components that were not
+    chosen.
     """
 
     path: Path

@@ -21,16 +21,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
-from demo_tasks import ROOT, TASKS, Example, Task, held_out
-from packaged_files import minilm
 
+from engines.building.verify_runners import runners
+from engines.commands.terminal import print_table
+from engines.feeds.text import TextEncoder
 from engines.latency.report import Report, read_report
-from engines.stages import runners
-from engines.text import TextEncoder
 from exporter.bundle.manifest import Bundle, open_bundle
-from exporter.reference import merged_values, torch_runner
-from lora.tensorfile import Array
-from lora.terminal import megabytes, print_table
+from exporter.proof.reference import merged_values, torch_runner
+from lora.files.tensorfile import Array
+from lora.wording import megabytes
+from scripts.support.demo_tasks import ROOT, TASKS, Example, Task, held_out
+from scripts.support.packaged_files import minilm
 
 LORAFUSE = Path(sys.executable).with_name("lorafuse")
 OUT = ROOT / "demo-out"
@@ -64,7 +65,18 @@ def main() -> int:
         row, ok = demonstrate(task, seconds)
         rows.append(row)
         sound = sound and ok
-    columns = ("task", "examples", "metric", "probe", *STAGES, "predictions changed", "worst difference", "adapter", "bytes added", "latency")
+    columns = (
+        "task",
+        "examples",
+        "metric",
+        "probe",
+        *STAGES,
+        "predictions changed",
+        "worst difference",
+        "adapter",
+        "bytes added",
+        "latency",
+    )
     print()
     print_table("Three adapters of all-MiniLM-L6-v2, from adapter to engine", columns, rows)
     sentence = "It was the best film I have seen in years, and I cried."
@@ -78,7 +90,9 @@ def demonstrate(task: Task, seconds: float) -> tuple[tuple[str, ...], bool]:
     """Export, build, verify, evaluate and time one task; return its row of the table and whether it is sound."""
     print(f"\n== {task.name} ==", flush=True)
     labels = ["--labels", ",".join(task.labels)] if task.labels else []
-    added = lorafuse_json("export", minilm(), task.adapter, "--task", task.name, *labels, "--out", BUNDLE)["bytes_added"]
+    added = lorafuse_json("export", minilm(), task.adapter, "--task", task.name, *labels, "--out", BUNDLE)[
+        "bytes_added"
+    ]
     print(f"   added to the bundle: {', '.join(f'{what} {megabytes(size)}' for what, size in added.items())}")
     lorafuse_json("build", BUNDLE, "--task", task.name, "--backend", "onnxruntime")
     lorafuse_json("build", BUNDLE, "--task", task.name, "--backend", "tensorrt-rtx", "--compute-capability", "8.9")
@@ -115,27 +129,40 @@ def evaluate(bundle: Bundle, task: Task, examples: list[Example]) -> Evaluation:
     torch.set_num_threads(os.cpu_count() or 1)
     encoder, graph = TextEncoder(bundle), bundle.graph(bundle.task(task.name))
     ordered = sorted(examples, key=lambda example: len(example.text))  # batches of like lengths need little padding
-    batches = [encoder.encode([e.text for e in ordered[start : start + 32]], graph) for start in range(0, len(ordered), 32)]
+    batches = [
+        encoder.encode([e.text for e in ordered[start : start + 32]], graph) for start in range(0, len(ordered), 32)
+    ]
     engines = runners(bundle, task.name, threads=os.cpu_count() or 1)
     merged = torch_runner(bundle, task.name, merged_values(bundle, task.name))
-    stages: dict[str, Runner] = {"adapter": peft_runner(task), "merged": merged, "ONNX": engines["ONNX graph"], "engine": engines["engine onnxruntime"]}
+    stages: dict[str, Runner] = {
+        "adapter": peft_runner(task),
+        "merged": merged,
+        "ONNX": engines["ONNX graph"],
+        "engine": engines["engine onnxruntime"],
+    }
     outputs = {stage: np.concatenate([run(batch) for batch in batches]) for stage, run in stages.items()}
     targets = np.array([example.target for example in ordered])
     return Evaluation(
         examples=len(ordered),
         scores={stage: score(task, values, targets) for stage, values in outputs.items()},
-        differing_predictions=int(np.any([differs(task, outputs["adapter"], values) for values in outputs.values()], axis=0).sum()),
+        differing_predictions=int(
+            np.any([differs(task, outputs["adapter"], values) for values in outputs.values()], axis=0).sum()
+        ),
         worst_difference=max(float(np.abs(values - outputs["adapter"]).max()) for values in outputs.values()),
     )
 
 
 def score(task: Task, outputs: Array, targets: Array) -> float:
     """Accuracy for classes, Pearson's r for a regression."""
-    return float((outputs.argmax(-1) == targets).mean()) if task.labels else float(np.corrcoef(outputs[:, 0], targets)[0, 1])
+    return (
+        float((outputs.argmax(-1) == targets).mean())
+        if task.labels
+        else float(np.corrcoef(outputs[:, 0], targets)[0, 1])
+    )
 
 
 def differs(task: Task, adapter: Array, stage: Array) -> Array:
-    """Where a stage predicts something else than the adapter: another class, or a value that rounding does not explain."""
+    """Where a stage predicts another class than the adapter, or a value that rounding does not explain."""
     changed: Array = adapter.argmax(-1) != stage.argmax(-1) if task.labels else np.abs(adapter - stage)[:, 0] > CLOSE
     return changed
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +13,8 @@ from safetensors.numpy import save_file
 
 from exporter.bundle.manifest import Bundle
 from exporter.task import Request, add_task, export_task
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-from demo_tasks import MOVIES, SUPERSENSE
-from packaged_files import minilm
+from scripts.support.demo_tasks import MOVIES, SUPERSENSE
+from scripts.support.packaged_files import minilm
 
 # What PEFT's save_pretrained writes into adapter_config.json, as far as the merge is concerned.
 CONFIG = {
@@ -29,7 +25,14 @@ CONFIG = {
     "target_modules": ["query", "value"],
     "modules_to_save": ["classifier", "score"],
 }
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 30522, "max_position_embeddings": 64}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 30522,
+    "max_position_embeddings": 64,
+}
 
 WriteAdapter = Callable[..., Path]
 
@@ -69,11 +72,20 @@ def write_adapter(tmp_path: Path) -> WriteAdapter:
 
 
 def save_adapter(
-    folder: Path, *, seed: int = 0, outputs: int = 2, tensors: dict | None = None, config: dict | None = None, metadata: dict | None = None
+    folder: Path,
+    *,
+    seed: int = 0,
+    outputs: int = 2,
+    tensors: dict | None = None,
+    config: dict | None = None,
+    metadata: dict | None = None,
 ) -> Path:
     random = np.random.default_rng(seed)
     width, rank = TINY["hidden_size"], CONFIG["r"]
-    made = {"base_model.model.classifier.weight": random.normal(size=(outputs, width)), "base_model.model.classifier.bias": random.normal(size=outputs)}
+    made = {
+        "base_model.model.classifier.weight": random.normal(size=(outputs, width)),
+        "base_model.model.classifier.bias": random.normal(size=outputs),
+    }
     for layer in range(TINY["num_hidden_layers"]):
         for target in ("query", "value"):
             module = f"base_model.model.bert.encoder.layer.{layer}.attention.self.{target}"
@@ -81,7 +93,11 @@ def save_adapter(
             made[f"{module}.lora_B.weight"] = random.normal(size=(width, rank)) * 0.2
     made |= tensors or {}
     folder.mkdir(parents=True)
-    save_file({name: np.asarray(value, np.float32) for name, value in made.items() if value is not None}, folder / "adapter_model.safetensors", metadata)
+    save_file(
+        {name: np.asarray(value, np.float32) for name, value in made.items() if value is not None},
+        folder / "adapter_model.safetensors",
+        metadata,
+    )
     fields = {name: value for name, value in (CONFIG | (config or {})).items() if value is not None}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     return folder

@@ -1,6 +1,7 @@
 """What a backend is: it builds an engine from a task's ONNX model, and loads it into a session that runs.
 
-``tests/engines/test_backends.py`` is the definition in full. Each backend's library is imported only when it is chosen.
+``tests/engines/backends/test_backends.py`` is the definition in full. Each backend's library is imported only when it
+is chosen.
 """
 
 from __future__ import annotations
@@ -12,30 +13,23 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args
 
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
+from lora.progress import Progress
 
 if TYPE_CHECKING:
     from exporter.bundle.manifest import Mode
 
-BackendName = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-rtx", "tensorrt", "tensorrt-rtx"]
+BackendName = Literal[
+    "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-rtx", "tensorrt", "tensorrt-rtx"
+]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
-
-
-class Progress(Protocol):
-    """Told of each step of a build, and how much of it is done, from 0 to 1, where the backend knows."""
-
-    def __call__(self, step: str, share: float | None = None, /) -> None:
-        """Begin ``step``, or go on with it."""
-        ...
-
-
-def unheard(step: str, share: float | None = None, /) -> None:
-    """A Progress that nobody listens to."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """An ONNX graph, and the folder in which its external data lie; ``values`` take the place of initializers of those names."""
+    """An ONNX graph, and the folder in which its external data lie; ``values`` take the place of initializers of those
+    names.
+    """
 
     graph: bytes
     folder: Path
@@ -76,7 +70,9 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A built engine's bytes, or None where the ONNX model is what the backend runs; what it was built for; the timings it took."""
+    """A built engine's bytes, or None where the ONNX model is what the backend runs; what it was built for; the timings
+    it took.
+    """
 
     content: bytes | None
     target: str
@@ -96,7 +92,9 @@ class Session(Runs, Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class Backend(Protocol):
@@ -127,7 +125,9 @@ class NoDeviceError(EngineError):
     """The engine is sound, but this machine has no device that can run it."""
 
 
-def backend(name: BackendName, threads: int | None = None, provider_options: Mapping[str, str] | None = None) -> Backend:
+def backend(
+    name: BackendName, threads: int | None = None, provider_options: Mapping[str, str] | None = None
+) -> Backend:
     """The backend called ``name``. ``threads`` bounds CPU threads, where the backend computes on the CPU.
 
     ``provider_options`` go to ONNX Runtime's execution provider, over those that are set here.

@@ -1,4 +1,7 @@
-"""ONNX Runtime: the embedded default, on the CPU or by another execution provider. The task's ONNX model is the engine."""
+"""ONNX Runtime: the embedded default, on the CPU or by another execution provider.
+
+The task's ONNX model is the engine.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from engines.backends import BuildOptions, Model, Plan, Progress
+from engines.backends import BuildOptions, Model, Plan
 from engines.backends.providers import PROVIDERS, Runtime, add_provider, cache_options, require_provider
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
+from lora.progress import Progress
 
 # https://github.com/microsoft/onnxruntime/blob/main/include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -30,7 +34,11 @@ class OnnxRuntime:
     """
 
     def __init__(
-        self, threads: int | None = None, runtime: Runtime = "onnxruntime", optimize: bool = True, provider_options: Mapping[str, str] | None = None
+        self,
+        threads: int | None = None,
+        runtime: Runtime = "onnxruntime",
+        optimize: bool = True,
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self._api = _import()
         self._threads = threads
@@ -48,9 +56,20 @@ class OnnxRuntime:
         return None
 
     def build(self, model: Model, options: BuildOptions, progress: Progress) -> Plan:
-        """Show that the model loads and stays within the options; there is no plan to write. A provider that compiles does so now."""
-        if options.compute_capabilities or options.compatible or options.workspace or options.optimization_level is not None or options.mode != "rebuild":
-            raise EngineError(f"{self._runtime} compiles nothing ahead; leave the builder's options out, or choose a TensorRT backend")
+        """Show that the model loads and stays within the options; there is no plan to write.
+
+        A provider that compiles does so now.
+        """
+        if (
+            options.compute_capabilities
+            or options.compatible
+            or options.workspace
+            or options.optimization_level is not None
+            or options.mode != "rebuild"
+        ):
+            raise EngineError(
+                f"{self._runtime} compiles nothing ahead; leave the builder's options out, or choose a TensorRT backend"
+            )
         progress("loading the model")
         with self.load(model, None):
             return Plan(content=None, target=PROVIDERS[self._runtime].name)
@@ -69,14 +88,18 @@ class OnnxRuntime:
             options.add_session_config_entry(SPINNING, "0")
         if not self._optimize:
             options.graph_optimization_level = self._api.GraphOptimizationLevel.ORT_DISABLE_ALL
-        providers = add_provider(self._api, options, self._runtime, {**cache_options(self._runtime, model), **self._given})
+        providers = add_provider(
+            self._api, options, self._runtime, {**cache_options(self._runtime, model), **self._given}
+        )
         try:
             if model.values:
                 names = sorted(model.values)
                 options.add_external_initializers(names, [self._value(model.values[name]) for name in names])
             session = self._api.InferenceSession(model.graph, options, providers=providers)
         except Exception as error:  # the API raises classes of its own that share no root but Exception
-            raise EngineError(f"{model.folder}: ONNX Runtime {self.version()} can't load the model ({_first_line(error)})") from error
+            raise EngineError(
+                f"{model.folder}: ONNX Runtime {self.version()} can't load the model ({_first_line(error)})"
+            ) from error
         session.disable_fallback()  # a failing provider is an error, not a reason to go on with another
         wanted, used = PROVIDERS[self._runtime].name, session.get_providers()
         if wanted not in used:
@@ -84,7 +107,10 @@ class OnnxRuntime:
         return OnnxRuntimeSession(session)
 
     def _value(self, values: Array) -> Any:
-        """ONNX Runtime's own of an array, which stays the array's memory. It takes bfloat16, which numpy lacks, by its bits alone."""
+        """ONNX Runtime's own of an array, which stays the array's memory.
+
+        It takes bfloat16, which numpy lacks, by its bits alone.
+        """
         if values.dtype.name == "bfloat16":
             return self._api.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), BFLOAT16)
         return self._api.OrtValue.ortvalue_from_numpy(values)
@@ -100,7 +126,11 @@ class OnnxRuntimeSession:
         self._outputs = [value.name for value in session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run, and name the outputs. Inputs are looked at only when ONNX Runtime has refused them: a model sweeps the cache, and each step here costs."""
+        """Run, and name the outputs.
+
+        Inputs are looked at only when ONNX Runtime has refused them: a model sweeps the cache, and each step here
+        costs.
+        """
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
         except Exception as error:  # as above
@@ -113,13 +143,17 @@ class OnnxRuntimeSession:
         for name, (dtype, rank) in self._inputs.items():
             values = inputs[name]
             if values.dtype != dtype or values.ndim != rank:
-                return EngineError(f"input '{name}' is {values.dtype} of rank {values.ndim}; expected {dtype} of rank {rank}")
+                return EngineError(
+                    f"input '{name}' is {values.dtype} of rank {values.ndim}; expected {dtype} of rank {rank}"
+                )
         return EngineError(f"ONNX Runtime can't run these inputs ({_first_line(error)})")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         del self._session
 
 
@@ -127,9 +161,14 @@ def _import() -> Any:
     """The module, unless both of its packages are installed: they overwrite each other's files."""
     installed = [name for name in PACKAGES if _is_installed(name)]
     if not installed:
-        raise EngineError("onnxruntime is not installed; install lorafuse[cpu], or lorafuse[gpu] where there is an NVIDIA GPU")
+        raise EngineError(
+            "onnxruntime is not installed; install lorafuse[cpu], or lorafuse[gpu] where there is an NVIDIA GPU"
+        )
     if len(installed) > 1:
-        raise EngineError("onnxruntime and onnxruntime-gpu are both installed and overwrite each other; uninstall both, then install one")
+        raise EngineError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; uninstall both, then"
+            " install one"
+        )
     import onnxruntime
 
     return onnxruntime

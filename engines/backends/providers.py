@@ -25,7 +25,9 @@ PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 
 @dataclass(frozen=True)
 class Provider:
-    """A provider's name, those that take what it can't (ONNX Runtime itself adds the CPU's), and what is to be installed for it."""
+    """A provider's name, those that take what it can't (ONNX Runtime itself adds the CPU's), and what is to be
+    installed for it.
+    """
 
     name: str
     helpers: tuple[str, ...] = ()
@@ -36,20 +38,30 @@ PROVIDERS: Mapping[Runtime, Provider] = {
     "onnxruntime": Provider("CPUExecutionProvider", install="lorafuse[cpu]"),
     "onnxruntime-cuda": Provider("CUDAExecutionProvider"),
     "onnxruntime-tensorrt": Provider("TensorrtExecutionProvider", helpers=("CUDAExecutionProvider",)),
-    "onnxruntime-rtx": Provider("NvTensorRTRTXExecutionProvider", install="onnxruntime-ep-nv-tensorrt-rtx-cu12 beside lorafuse[cpu]"),
+    "onnxruntime-rtx": Provider(
+        "NvTensorRTRTXExecutionProvider", install="onnxruntime-ep-nv-tensorrt-rtx-cu12 beside lorafuse[cpu]"
+    ),
 }
 
 
 def require_provider(ort: Any, runtime: Runtime) -> None:
-    """Raises EngineError when this ONNX Runtime has no such provider; it would take the CPU's instead, with a warning at most."""
+    """Raises EngineError when this ONNX Runtime has no such provider; it would take the CPU's instead, with a warning
+    at most.
+    """
     provider = PROVIDERS[runtime]
     available = [provider.name] if runtime == "onnxruntime-rtx" else ort.get_available_providers()
     if provider.name not in available:
-        raise EngineError(f"{provider.name} was asked for, but this ONNX Runtime has {', '.join(available)}; install {provider.install}")
+        raise EngineError(
+            f"{provider.name} was asked for, but this ONNX Runtime has {', '.join(available)}; install"
+            f" {provider.install}"
+        )
 
 
 def add_provider(ort: Any, options: Any, runtime: Runtime, given: Mapping[str, str]) -> list[Any]:
-    """What InferenceSession takes as ``providers``; a plugin's are put into ``options``. Raises NoDeviceError when a plugin has no device."""
+    """What InferenceSession takes as ``providers``; a plugin's are put into ``options``.
+
+    Raises NoDeviceError when a plugin has no device.
+    """
     provider = PROVIDERS[runtime]
     if runtime == "onnxruntime" and given:
         raise EngineError(f"{provider.name} takes no options; '{next(iter(given))}' was given")
@@ -65,8 +77,8 @@ def add_provider(ort: Any, options: Any, runtime: Runtime, given: Mapping[str, s
 def cache_options(runtime: Runtime, model: Model) -> dict[str, str]:
     """Where the provider keeps the engines and timings that it builds at load: a folder for this model's weights alone.
 
-    The TensorRT provider tells engines by their graphs and not by their weights; all tasks of a base have one graph, and
-    in a shared folder one task would be answered by another's engine.
+    The TensorRT provider tells engines by their graphs and not by their weights; all tasks of a base have one graph,
+    and in a shared folder one task would be answered by another's engine.
     """
     if runtime not in ("onnxruntime-tensorrt", "onnxruntime-rtx"):
         return {}
@@ -100,7 +112,9 @@ def _plugin_devices(ort: Any) -> list[Any]:
     try:
         plugin = importlib.import_module(PLUGIN)
     except ImportError as error:
-        raise EngineError(f"{name} is not installed ({error}); install {PROVIDERS['onnxruntime-rtx'].install}") from error
+        raise EngineError(
+            f"{name} is not installed ({error}); install {PROVIDERS['onnxruntime-rtx'].install}"
+        ) from error
     devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if devices:
         return devices  # registered by an earlier load
@@ -108,5 +122,7 @@ def _plugin_devices(ort: Any) -> list[Any]:
         ort.register_execution_provider_library(name, plugin.get_library_path())
     except Exception as error:  # the API raises classes of its own that share no root but Exception
         kind = NoDeviceError if "libcuda.so.1" in str(error) else EngineError  # a driver's own library
-        raise kind(f"{name} can't be registered with ONNX Runtime {ort.__version__} ({' '.join(str(error).split())})") from error
+        raise kind(
+            f"{name} can't be registered with ONNX Runtime {ort.__version__} ({' '.join(str(error).split())})"
+        ) from error
     return [device for device in ort.get_ep_devices() if device.ep_name == name]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from engines.backends import Model
+from engines.latency.arm_engines import Open, Opener
 from engines.latency.harness import Arm
-from engines.latency.openers import Open, Opener
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 from exporter.bundle.manifest import Bundle
 from lora.errors import EngineError, ExportError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 if TYPE_CHECKING:
     import onnx
@@ -27,7 +27,8 @@ RESERVED = frozenset({BASE, AGAIN, MERGED, UNMERGED, *EXTRAS})
 class Arms:
     """The arms in order, the base first; the digests of their graphs; and those that can't be had, with the reason.
 
-    ``backend`` is what runs them and its version; ``on_device`` says whether its sessions tell what a run takes on a device.
+    ``backend`` is what runs them and its version; ``on_device`` says whether its sessions tell what a run takes on a
+    device.
     """
 
     arms: tuple[Arm, ...]
@@ -37,14 +38,18 @@ class Arms:
     on_device: bool
 
 
-def arms_of(bundle: Bundle, task: str, opener: Opener, extras: Sequence[Extra] = (), brought: Mapping[str, Path] | None = None) -> Arms:
-    """Base, base again, merged and unmerged as ``opener`` opens them, then ``extras``, then the files that were ``brought``, by name.
+def arms_of(
+    bundle: Bundle, task: str, opener: Opener, extras: Sequence[Extra] = (), brought: Mapping[str, Path] | None = None
+) -> Arms:
+    """Base, base again, merged and unmerged as ``opener`` opens them, then ``extras``, then the files that were
+    ``brought``, by name.
 
-    A form that this task does not have (DoRA has no unmerged one) is left out. Raises EngineError naming a brought file that can't be
-    loaded, or has other inputs or outputs than the task; or a name that is another arm's. NoDeviceError where the backend needs a device.
+    A form that this task does not have (DoRA has no unmerged one) is left out. Raises EngineError naming a brought file
+    that can't be loaded, or has other inputs or outputs than the task; or a name that is another arm's. NoDeviceError
+    where the backend needs a device.
     """
-    from exporter.arms import unadapted_graph
-    from exporter.digest import graph_digest
+    from exporter.graph.digest import graph_digest
+    from exporter.variants.graphs import unadapted_graph
 
     for name in RESERVED & (brought or {}).keys():
         raise EngineError(f"arm '{name}': the name of an arm that is there anyway; choose another")
@@ -71,27 +76,34 @@ def _form(bundle: Bundle, task: str, name: str) -> tuple[onnx.ModelProto, Mappin
     """The graph of another form of the task, whose data are the bundle's, and the tensors that every run is fed."""
     match name:
         case "resident":
-            from exporter.arms import switchable_graph
+            from exporter.variants.graphs import switchable_graph
 
             return switchable_graph(bundle, task)
         case "adapter-h" | "adapter-l":
-            from exporter.baselines import bottleneck_graph
+            from exporter.variants.bottleneck_graphs import bottleneck_graph
 
             return bottleneck_graph(bundle, task, name), {}
-    from exporter.arms import unmerged_graph
+    from exporter.variants.graphs import unmerged_graph
 
     return unmerged_graph(bundle, task), {}
 
 
-def _brought(bundle: Bundle, task: str, name: str, path: Path, unadapted: onnx.ModelProto, opener: Opener) -> tuple[Open, str | None]:
-    """A file's engine, after a session of it was opened: what is wrong with it is said before a long run, not in it. An ONNX graph has a digest."""
-    from exporter.digest import graph_digest
+def _brought(
+    bundle: Bundle, task: str, name: str, path: Path, unadapted: onnx.ModelProto, opener: Opener
+) -> tuple[Open, str | None]:
+    """A file's engine, after a session of it was opened: what is wrong with it is said before a long run, not in it.
+
+    An ONNX graph has a digest.
+    """
+    from exporter.graph.digest import graph_digest
 
     graph = _graph_of(path, unadapted) if path.suffix == ".onnx" else None
     try:
         if graph is None:
             return _opens(opener.engine(path)), None
-        return _opens(opener.graph(bundle, task, name, Model(graph.SerializeToString(), path.parent), {})), graph_digest(graph)
+        return _opens(
+            opener.graph(bundle, task, name, Model(graph.SerializeToString(), path.parent), {})
+        ), graph_digest(graph)
     except (EngineError, OSError) as error:
         raise EngineError(f"{path}: {error}") from error
 
@@ -103,7 +115,7 @@ def _opens(open_session: Open) -> Open:
 
 def _graph_of(path: Path, task: onnx.ModelProto) -> onnx.ModelProto:
     """The graph of a file that takes and gives what the task does."""
-    from exporter.external import load_graph
+    from exporter.graph.external_data import load_graph
 
     try:
         graph = load_graph(path)
@@ -112,7 +124,9 @@ def _graph_of(path: Path, task: onnx.ModelProto) -> onnx.ModelProto:
     for what in ("input", "output"):
         has, wanted = (_ports(model.graph, what) for model in (graph, task))
         if has != wanted:
-            raise EngineError(f"{path}: has the {what}s {', '.join(has) or 'none'}; expected {', '.join(wanted)}, as the task has")
+            raise EngineError(
+                f"{path}: has the {what}s {', '.join(has) or 'none'}; expected {', '.join(wanted)}, as the task has"
+            )
     return graph
 
 
@@ -122,4 +136,6 @@ def _ports(graph: onnx.GraphProto, what: Literal["input", "output"]) -> list[str
 
     stored = {tensor.name for tensor in graph.initializer}
     values = [value for value in getattr(graph, what) if value.name not in stored]
-    return sorted(f"{value.name} ({TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()})" for value in values)
+    return sorted(
+        f"{value.name} ({TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()})" for value in values
+    )

@@ -1,8 +1,9 @@
 """Two reports compared: the same arms at the same loads on two machines, or of two versions.
 
-The two runs were not interleaved, so nothing is paired: an arm's ratio is the second report's set medians over the first's,
-with the interval of the rank-sum test (Hodges & Lehmann 1963), which holds when sets of one run are like one another. What
-the arm costs beside its own base can be compared across machines; times alone can be across versions on one machine only.
+The two runs were not interleaved, so nothing is paired: an arm's ratio is the second report's set medians over the
+first's, with the interval of the rank-sum test (Hodges & Lehmann 1963), which holds when sets of one run are like one
+another. What the arm costs beside its own base can be compared across machines; times alone can be across versions on
+one machine only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from engines.latency.equivalence import Decision, Ratio
 from engines.latency.report import Load, Point, Report
 from engines.latency.sequential import ERROR
 from lora.errors import LorafuseError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,17 @@ class Compared:
 
 
 def compare(first: Report, second: Report, margin: float) -> list[Compared]:
-    """Every arm and load that both have. ``before`` and ``after`` are medians in ms. Raises LorafuseError where they share none, or hold too few sets."""
+    """Every arm and load that both have.
+
+    ``before`` and ``after`` are medians in ms. Raises LorafuseError where they share none, or hold too few sets.
+    """
     earlier = {point.load: point for point in first.points}
     compared = [
-        _compared(earlier[point.load], point, arm, margin) for point in second.points if point.load in earlier for arm in second.arms if arm in first.arms
+        _compared(earlier[point.load], point, arm, margin)
+        for point in second.points
+        if point.load in earlier
+        for arm in second.arms
+        if arm in first.arms
     ]
     if not compared:
         raise LorafuseError("the reports have no load and arm in common; measure the same batch and length twice")
@@ -70,7 +78,8 @@ def _index(point: Point, arm: str) -> int:
 
 
 def rank_sum(logs: Array, others: Array, error: float) -> Ratio:
-    """The median of all differences, and those as far from the ends as ``error`` allows (by the rank sum's normal approximation).
+    """The median of all differences, and those as far from the ends as ``error`` allows (by the rank sum's normal
+    approximation).
 
     Raises LorafuseError where the sets are too few for ``error``.
     """
@@ -79,6 +88,9 @@ def rank_sum(logs: Array, others: Array, error: float) -> Ratio:
     spread = np.sqrt(pairs * (len(logs) + len(others) + 1) / 12)
     left_out = int(pairs / 2 + ndtri(error) * spread)
     if left_out < 1:
-        raise LorafuseError(f"{len(logs)} and {len(others)} sets can't bound a ratio with an error of {error:.3g}; measure again, with a larger budget")
+        raise LorafuseError(
+            f"{len(logs)} and {len(others)} sets can't bound a ratio with an error of {error:.3g}; measure again, with"
+            " a larger budget"
+        )
     median, low, high = np.exp([np.median(differences), differences[left_out - 1], differences[-left_out]]).tolist()
     return Ratio(median, low, high, error)

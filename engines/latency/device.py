@@ -8,7 +8,7 @@ from typing import Protocol, cast
 
 from engines.latency.harness import WARMUP, Arm
 from engines.latency.report import DeviceTimes
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 RUNS = 50
 
@@ -22,7 +22,10 @@ class Staged(Protocol):
 
 
 def device_times(arms: Sequence[Arm], inputs: Mapping[str, Array]) -> tuple[DeviceTimes, ...]:
-    """Of each arm, medians of ``RUNS`` runs by CUDA's events, after a warm-up, and without CUDA graphs. The arms' sessions are Staged."""
+    """Of each arm, medians of ``RUNS`` runs by CUDA's events, after a warm-up, and without CUDA graphs.
+
+    The arms' sessions are Staged.
+    """
     return tuple(_times(arm, inputs) for arm in arms)
 
 

@@ -16,7 +16,9 @@ TEMPERATURE_OF_GPU = 0  # NVML_TEMPERATURE_GPU
 
 
 def machine(threads: int) -> dict[str, str]:
-    """What stays: processor, cores (and those that this process may use), system, versions, how the engines' threads work."""
+    """What stays: processor, cores (and those that this process may use), system, versions, how the engines' threads
+    work.
+    """
     described = {
         "processor": _processor(),
         "architecture": platform.machine(),
@@ -55,10 +57,21 @@ def _gpus() -> list[dict[str, str]]:
 
 def _gpu(nvml: Any, index: int) -> dict[str, str]:
     device = _asked(nvml.nvmlDeviceGetHandleByIndex, index)
-    clocks = {f"{name} clock": (_asked(nvml.nvmlDeviceGetClockInfo, device, code), "MHz") for name, code in CLOCKS.items()}
-    temperature, power = _asked(nvml.nvmlDeviceGetTemperature, device, TEMPERATURE_OF_GPU), _asked(nvml.nvmlDeviceGetPowerUsage, device)
-    readings = {**clocks, "temperature": (temperature, "°C"), "power": (None if power is None else round(power / 1000), "W")}
-    state = ", ".join(f"{name} {'unknown' if value is None else f'{value} {unit}'}" for name, (value, unit) in readings.items())
+    clocks = {
+        f"{name} clock": (_asked(nvml.nvmlDeviceGetClockInfo, device, code), "MHz") for name, code in CLOCKS.items()
+    }
+    temperature, power = (
+        _asked(nvml.nvmlDeviceGetTemperature, device, TEMPERATURE_OF_GPU),
+        _asked(nvml.nvmlDeviceGetPowerUsage, device),
+    )
+    readings = {
+        **clocks,
+        "temperature": (temperature, "°C"),
+        "power": (None if power is None else round(power / 1000), "W"),
+    }
+    state = ", ".join(
+        f"{name} {'unknown' if value is None else f'{value} {unit}'}" for name, (value, unit) in readings.items()
+    )
     return {"name": str(_asked(nvml.nvmlDeviceGetName, device) or "unknown"), "state": state}
 
 

@@ -4,11 +4,11 @@
 (Schuirmann 1987) against a declared margin. The engines are equivalent when the whole interval of their ratio lies
 within the margin.
 
-*What is one observation.* Sessions differ from one another by where their memory lies, and no number of rounds within one
-pair of sessions averages that out. So a set of fresh sessions gives one number, the median of its paired log-ratios, and
-the interval is Wilcoxon's signed-rank one over the sets (Hodges & Lehmann 1963): exact for any distribution that is
-symmetric about the true ratio, and a difference of two sessions opened and timed in the same way is. Resampling six
-sets, which this replaced, promised 5 % and was wrong in 9 to 17 %.
+*What is one observation.* Sessions differ from one another by where their memory lies, and no number of rounds within
+one pair of sessions averages that out. So a set of fresh sessions gives one number, the median of its paired
+log-ratios, and the interval is Wilcoxon's signed-rank one over the sets (Hodges & Lehmann 1963): exact for any
+distribution that is symmetric about the true ratio, and a difference of two sessions opened and timed in the same way
+is. Resampling six sets, which this replaced, promised 5 % and was wrong in 9 to 17 %.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from typing import Literal
 
 import numpy as np
 
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 Decision = Literal["equivalent", "slower", "faster", "inconclusive"]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """An engine's time over the base's, and the interval that holds it: each bound is wrong with probability ``error`` at most."""
+    """An engine's time over the base's, and the interval that holds it: each bound is wrong with probability ``error``
+    at most.
+    """
 
     median: float
     low: float
@@ -52,22 +54,30 @@ def paired_ratio(times: Array, base_times: Array, error: float) -> Ratio:
 
 def quantile_ratio(times: Array, base_times: Array, quantile: float, error: float) -> Ratio:
     """The ratio of a quantile of the times within a set, such as 0.9; shapes and errors as ``paired_ratio``'s."""
-    return _signed_rank(np.log(np.quantile(times, quantile, axis=1)) - np.log(np.quantile(base_times, quantile, axis=1)), error)
+    return _signed_rank(
+        np.log(np.quantile(times, quantile, axis=1)) - np.log(np.quantile(base_times, quantile, axis=1)), error
+    )
 
 
 def _signed_rank(logs: Array, error: float) -> Ratio:
-    """The median of all pairwise means, and the two that are as far from the ends as ``error`` allows; ``logs`` has shape (sets,)."""
+    """The median of all pairwise means, and the two that are as far from the ends as ``error`` allows; ``logs`` has
+    shape (sets,).
+    """
     left_out = int(np.searchsorted(_cumulative(len(logs)), error, side="right"))
     if left_out == 0:
         raise ValueError(f"{len(logs)} sets can't bound a ratio with an error of {error:.3g}")
     first, second = np.triu_indices(len(logs))
     means = np.sort((logs[first] + logs[second]) / 2)
-    return Ratio(float(np.exp(np.median(means))), float(np.exp(means[left_out - 1])), float(np.exp(means[-left_out])), error)
+    return Ratio(
+        float(np.exp(np.median(means))), float(np.exp(means[left_out - 1])), float(np.exp(means[-left_out])), error
+    )
 
 
 @cache
 def _cumulative(sets: int) -> Array:
-    """P(W ≤ w), w = 0 … n(n + 1)/2, of the signed-rank statistic W: a sum in which each rank of 1 … n is present or not, evenly."""
+    """P(W ≤ w), w = 0 … n(n + 1)/2, of the signed-rank statistic W: a sum in which each rank of 1 … n is present or
+    not, evenly.
+    """
     chances = np.ones(1)
     for rank in range(1, sets + 1):
         chances = (np.pad(chances, (0, rank)) + np.pad(chances, (rank, 0))) / 2

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.backends import Progress, Session, unheard
+from engines.backends import Session
 from engines.latency.report import Load, Point, Samples
 from engines.latency.sequential import until_decided
 from engines.latency.verdict import judged
 from lora.collector import uncollected
+from lora.progress import Progress, unheard
 
 Work = Callable[[Session], object]  # what is timed: one run, or a generation of several
 
@@ -48,7 +49,9 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Taken:
-    """What one set of sessions gave, in ns: times of shape (rounds, arms), and of each arm the opening and the first run."""
+    """What one set of sessions gave, in ns: times of shape (rounds, arms), and of each arm the opening and the first
+    run.
+    """
 
     times: list[list[int]]
     opening: list[int]
@@ -82,10 +85,13 @@ def rounds_within(seconds: float) -> Callable[[float, float], int]:
     return lambda spent, one: int(np.clip((seconds - spent) / one, LEAST_ROUNDS, MOST_ROUNDS))
 
 
-def take_set(arms: Sequence[Arm], work: Work, rounds: int | Callable[[float, float], int], random: np.random.Generator) -> Taken:
+def take_set(
+    arms: Sequence[Arm], work: Work, rounds: int | Callable[[float, float], int], random: np.random.Generator
+) -> Taken:
     """One fresh session per arm, opened in shuffled order, warmed up, and timed in rounds of shuffled order.
 
-    Which session is opened first shows in its times, for as long as it lives. Turning one order round would leave the same arm at its ends, set after set.
+    Which session is opened first shows in its times, for as long as it lives. Turning one order round would leave the
+    same arm at its ends, set after set.
     """
     creation = random.permutation(len(arms)).tolist()
     began, opening, warming = time.monotonic(), [0] * len(arms), [[0]] * len(arms)
@@ -110,7 +116,9 @@ def _warm_up(work: Work, session: Session) -> list[int]:
     return times
 
 
-def _measure_rounds(sessions: Mapping[int, Session], work: Work, rounds: int, random: np.random.Generator) -> list[list[int]]:
+def _measure_rounds(
+    sessions: Mapping[int, Session], work: Work, rounds: int, random: np.random.Generator
+) -> list[list[int]]:
     """Without the garbage collector, which would take its time from whichever arm it meets."""
     gc.collect()
     with uncollected():

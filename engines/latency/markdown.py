@@ -8,13 +8,20 @@ from engines.latency.report import Point, Report
 def markdown(report: Report) -> str:
     """A heading with the verdict, and a table for each load."""
     return "\n".join(
-        [f"## {report.verdict.capitalize()}: latency of {_plain(report.subject)}, at a margin of {report.margin:.3g}", *map(_section, report.points)]
+        [
+            (
+                f"## {report.verdict.capitalize()}: latency of {_plain(report.subject)}, at a margin of"
+                f" {report.margin:.3g}"
+            ),
+            *map(_section, report.points),
+        ]
     )
 
 
 def _section(point: Point) -> str:
     rows = [
-        f"| {_plain(r.arm)} | {r.p50:.3f} | {r.p90:.3f} | {r.ratio.median:.4f} | [{r.ratio.low:.4f}, {r.ratio.high:.4f}] | {r.decision} |"
+        f"| {_plain(r.arm)} | {r.p50:.3f} | {r.p90:.3f} | {r.ratio.median:.4f} | [{r.ratio.low:.4f},"
+        f" {r.ratio.high:.4f}] | {r.decision} |"
         for r in point.readings
     ]
     head = ["| arm | p50 ms | p90 ms | ratio to base | interval | |", "|---|---|---|---|---|---|"]

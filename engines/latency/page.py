@@ -12,11 +12,16 @@ import numpy as np
 
 from engines.latency.report import Point, Reading, Report
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 BINS = 60
 SHOWN = 0.995  # of all times: a long tail would squash the rest
-ROLES = {BASE: "what all are compared with", AGAIN: "null control", MERGED: "the question", UNMERGED: "positive control"}
+ROLES = {
+    BASE: "what all are compared with",
+    AGAIN: "null control",
+    MERGED: "the question",
+    UNMERGED: "positive control",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class RatioRow:
 
 @dataclass(frozen=True)
 class TimesRow:
-    """An arm's times: bars of (left, height), both in per cent; the median's place; how many samples lie beyond the axis."""
+    """An arm's times: bars of (left, height), both in per cent; the median's place; how many samples lie beyond the
+    axis.
+    """
 
     arm: str
     bars: tuple[tuple[float, float], ...]
@@ -65,7 +72,9 @@ class TimesRow:
 
 @dataclass(frozen=True)
 class Charts:
-    """All that is drawn of one load; ``one`` is where the base's own time lies, ``band`` where the margin begins and ends."""
+    """All that is drawn of one load; ``one`` is where the base's own time lies, ``band`` where the margin begins and
+    ends.
+    """
 
     point: Point
     one: float
@@ -83,7 +92,13 @@ def page(report: Report) -> str:
     """The report as HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(loader=PackageLoader("engines.latency", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("engines.latency", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return environment.get_template("page.html.jinja").render(
         report=report,
         charts=[_charts(point, report.margin) for point in report.points],
@@ -103,7 +118,9 @@ def _charts(point: Point, margin: float) -> Charts:
         ratio_axis=_marks([1 / (1 + margin), 1 + margin, *_ticks(scale)], scale, _per_cent),
         ratios=tuple(_ratio_row(point, runs, index, scale) for index in range(1, runs.shape[2])),
         times_axis=_marks(_ticks(times_scale), times_scale, lambda time: f"{time:.4g} ms"),
-        times=tuple(_times_row(reading.arm, runs[:, :, index], times_scale) for index, reading in enumerate(point.readings)),
+        times=tuple(
+            _times_row(reading.arm, runs[:, :, index], times_scale) for index, reading in enumerate(point.readings)
+        ),
         bar_width=100 / BINS,
         sets=runs.shape[0],
         rounds=runs.shape[1],
@@ -127,16 +144,25 @@ def _ratio_row(point: Point, runs: Array, index: int, scale: Scale) -> RatioRow:
     reading = point.readings[index]
     ratio = reading.ratio
     sets = np.exp(np.median(np.log(runs[:, :, index] / runs[:, :, 0]), axis=1))
-    says = f"{reading.arm}: {ratio.median:.4f} of the base's time, between {ratio.low:.4f} and {ratio.high:.4f}: {reading.decision}"
+    says = (
+        f"{reading.arm}: {ratio.median:.4f} of the base's time, between {ratio.low:.4f} and {ratio.high:.4f}:"
+        f" {reading.decision}"
+    )
     places = tuple(scale(one) for one in sets.tolist())
-    return RatioRow(reading, ROLES.get(reading.arm, ""), scale(ratio.low), scale(ratio.median), scale(ratio.high), places, says)
+    return RatioRow(
+        reading, ROLES.get(reading.arm, ""), scale(ratio.low), scale(ratio.median), scale(ratio.high), places, says
+    )
 
 
 def _times_row(arm: str, times: Array, scale: Scale) -> TimesRow:
     milliseconds = times.ravel() / 1e6
     counts, edges = np.histogram(milliseconds[milliseconds <= scale.high], BINS, (scale.low, scale.high))
     tallest = max(1, int(counts.max()))
-    bars = tuple((scale(edge), round(100 * count / tallest, 2)) for edge, count in zip(edges.tolist(), counts.tolist(), strict=False) if count)
+    bars = tuple(
+        (scale(edge), round(100 * count / tallest, 2))
+        for edge, count in zip(edges.tolist(), counts.tolist(), strict=False)
+        if count
+    )
     beyond, median = int((milliseconds > scale.high).sum()), float(np.median(milliseconds))
     says = f"{arm}: {len(milliseconds)} times with a median of {median:.3f} ms, {beyond} of them beyond the axis"
     return TimesRow(arm, bars, scale(median), beyond, says)
@@ -147,7 +173,10 @@ def _ticks(scale: Scale) -> list[float]:
     span = scale.high - scale.low
     step = 10.0 ** np.floor(np.log10(span / 2))
     step = next(step * factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 4)
-    return [float(round(number * step, 12)) for number in range(int(np.ceil(scale.low / step)), int(np.floor(scale.high / step)) + 1)]
+    return [
+        float(round(number * step, 12))
+        for number in range(int(np.ceil(scale.low / step)), int(np.floor(scale.high / step)) + 1)
+    ]
 
 
 def _marks(values: Sequence[float], scale: Scale, label: Callable[[float], str]) -> tuple[Mark, ...]:
@@ -169,10 +198,18 @@ def _graph(digests: dict[str, str]) -> str:
     if MERGED not in digests or BASE not in digests:
         return "The graphs of base and merged were not compared."
     if digests[MERGED] == digests[BASE]:
-        return "Merged and unadapted graph are the same: the same nodes, edges and shapes, by their digest. Only weights differ."
-    return "MERGED AND UNADAPTED GRAPH DIFFER: they do not compute the same nodes, and this is no proof that merging costs nothing."
+        return (
+            "Merged and unadapted graph are the same: the same nodes, edges and shapes, by their digest. Only weights"
+            " differ."
+        )
+    return (
+        "MERGED AND UNADAPTED GRAPH DIFFER: they do not compute the same nodes, and this is no proof that merging costs"
+        " nothing."
+    )
 
 
 def _machine(report: Report) -> list[tuple[str, str]]:
-    changing = [(name, f"{value} before, {report.after.get(name, 'unknown')} after") for name, value in report.before.items()]
+    changing = [
+        (name, f"{value} before, {report.after.get(name, 'unknown')} after") for name, value in report.before.items()
+    ]
     return [*report.machine.items(), *changing]

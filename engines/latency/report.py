@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 import msgspec
 
 from engines.latency.equivalence import Decision, Ratio
-from exporter.bundle.manifest import printable
-from lora.durable import flush
 from lora.errors import LorafuseError
+from lora.files.durable import flush
+from lora.wording import printable
 
 SCHEMA = 1
 
@@ -27,7 +27,9 @@ Nanoseconds = Annotated[int, msgspec.Meta(gt=0, lt=2**62)]
 
 @dataclass(frozen=True)
 class Load:
-    """What every arm is asked to do: ``batch`` rows of ``length`` tokens, after ``past`` tokens in a decoder's cache; then to generate ``tokens``."""
+    """What every arm is asked to do: ``batch`` rows of ``length`` tokens, after ``past`` tokens in a decoder's cache;
+    then to generate ``tokens``.
+    """
 
     batch: int
     length: int
@@ -42,7 +44,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Samples:
-    """Every time taken, in ns: runs of shape (sets, rounds, arms); of each set and arm, opening the session and its first run."""
+    """Every time taken, in ns: runs of shape (sets, rounds, arms); of each set and arm, opening the session and its
+    first run.
+    """
 
     runs: list[list[list[Nanoseconds]]]
     opening: list[list[Nanoseconds]]
@@ -51,7 +55,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class Reading:
-    """One arm: times in ms (medians, but for ``p90`` and ``p99``), its ratios to the base, and what the median's ratio says.
+    """One arm: times in ms (medians, but for ``p90`` and ``p99``), its ratios to the base, and what the median's ratio
+    says.
 
     ``p99`` and its ratio are there where a set has rounds enough for it. ``rate`` is rows a second, at the median.
     """
@@ -71,7 +76,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class DeviceTimes:
-    """What a run of an arm takes on the device, by its own clock: medians in ms of the copies there, the engine, and the copies back."""
+    """What a run of an arm takes on the device, by its own clock: medians in ms of the copies there, the engine, and
+    the copies back.
+    """
 
     arm: str
     copies_there: float
@@ -81,9 +88,11 @@ class DeviceTimes:
 
 @dataclass(frozen=True)
 class Point:
-    """One load: the verdict on the merged arm and the reason, the readings that it rests on, and the samples that they rest on.
+    """One load: the verdict on the merged arm and the reason, the readings that it rests on, and the samples that they
+    rest on.
 
-    ``device`` is there where the engines run on one: beside the readings, which are the host's times from call to answer.
+    ``device`` is there where the engines run on one: beside the readings, which are the host's times from call to
+    answer.
     """
 
     load: Load
@@ -100,10 +109,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Report:
-    """All points of one run. ``digests`` are the graphs' by arm, ``left_out`` the arms that can't be had, with the reason.
+    """All points of one run. ``digests`` are the graphs' by arm, ``left_out`` the arms that can't be had, with the
+    reason.
 
-    ``hashes`` are the SHA-256 of the base's weights, the merged model's file and the adapter; ``seed`` is that of the arms' turns.
-    ``machine`` holds what does not change while it is measured; ``before`` and ``after`` what does (load, clocks, temperature).
+    ``hashes`` are the SHA-256 of the base's weights, the merged model's file and the adapter; ``seed`` is that of the
+    arms' turns. ``machine`` holds what does not change while it is measured; ``before`` and ``after`` what does (load,
+    clocks, temperature).
     """
 
     subject: str
@@ -153,7 +164,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """An empty file in the folder of ``path``, to be written and renamed; gone at the end. An OSError becomes a LorafuseError."""
+    """An empty file in the folder of ``path``, to be written and renamed; gone at the end.
+
+    An OSError becomes a LorafuseError.
+    """
     partial = None
     try:
         if path.exists() and not path.is_file():  # a folder; or a device, which would be replaced by a file
@@ -162,7 +176,9 @@ def _beside(path: Path) -> Iterator[Path]:
         partial.touch()
         yield partial
     except OSError as error:
-        raise LorafuseError(f"{path}: can't be written ({error.strerror}); choose a file in a folder that exists and is yours") from error
+        raise LorafuseError(
+            f"{path}: can't be written ({error.strerror}); choose a file in a folder that exists and is yours"
+        ) from error
     finally:
         if partial is not None:
             with suppress(OSError):
@@ -175,17 +191,26 @@ def read_report(path: Path) -> Report:
         content = path.read_bytes()
         schema = msgspec.json.decode(content, type=_Schema).schema
         if schema != SCHEMA:
-            raise LorafuseError(f"{path}: schema {schema}; this lorafuse reads {SCHEMA}; measure again, or read it with the lorafuse that wrote it")
+            raise LorafuseError(
+                f"{path}: schema {schema}; this lorafuse reads {SCHEMA}; measure again, or read it with the lorafuse"
+                " that wrote it"
+            )
         report = msgspec.json.decode(content, type=Report)
     except OSError as error:
-        raise LorafuseError(f"{path}: can't be read ({error.strerror}); give a report that 'lorafuse bench --out' wrote") from error
+        raise LorafuseError(
+            f"{path}: can't be read ({error.strerror}); give a report that 'lorafuse bench --out' wrote"
+        ) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         said = printable(" ".join(str(error).split()))
-        raise LorafuseError(f"{path}: not a latency report ({said}); give one that 'lorafuse bench --out' wrote") from error
+        raise LorafuseError(
+            f"{path}: not a latency report ({said}); give one that 'lorafuse bench --out' wrote"
+        ) from error
     if not report.points or not all(point.readings for point in report.points):
         raise LorafuseError(f"{path}: holds no readings; measure again with 'lorafuse bench --out'")
     if not all(_is_whole(point, report.arms) for point in report.points):
-        raise LorafuseError(f"{path}: holds samples that do not go with its arms; measure again with 'lorafuse bench --out'")
+        raise LorafuseError(
+            f"{path}: holds samples that do not go with its arms; measure again with 'lorafuse bench --out'"
+        )
     return report
 
 

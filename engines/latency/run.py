@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from engines.backends import Progress, unheard
 from engines.latency.arms import Arms
 from engines.latency.device import device_times
 from engines.latency.environment import machine, state
 from engines.latency.harness import Protocol, measure
-from engines.latency.loads import inputs_of, work_of
 from engines.latency.report import Load, Point, Report, overall
+from engines.latency.workloads import inputs_of, work_of
 from exporter.bundle.manifest import Bundle
+from lora.progress import Progress, unheard
 
 
-def run(bundle: Bundle, task: str, arms: Arms, loads: Sequence[Load], protocol: Protocol, threads: int, progress: Progress = unheard) -> Iterator[Report]:
-    """Measure the arms at each of ``loads``, each with the whole budget; after each, the report so far: what follows may fail, or take too long."""
+def run(
+    bundle: Bundle,
+    task: str,
+    arms: Arms,
+    loads: Sequence[Load],
+    protocol: Protocol,
+    threads: int,
+    progress: Progress = unheard,
+) -> Iterator[Report]:
+    """Measure the arms at each of ``loads``, each with the whole budget; after each, the report so far: what follows
+    may fail, or take too long.
+    """
     record, base = bundle.task(task), bundle.manifest.base
     graph = bundle.graph(record)
     before = state()

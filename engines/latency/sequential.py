@@ -1,8 +1,9 @@
 """Taking sets of samples until the question is decided, without paying for the looks in wrong answers.
 
-The sets are judged after 6, 12, 24, … of them, and when the time is up. A look may err with half of what the looks before it
-have left of ``ERROR``, the last one with all of it. However many looks there are, together they err with no more than
-``ERROR`` (the sum of the chances, whatever the looks have in common): a run is not "measured until it passes".
+The sets are judged after 6, 12, 24, … of them, and when the time is up. A look may err with half of what the looks
+before it have left of ``ERROR``, the last one with all of it. However many looks there are, together they err with no
+more than ``ERROR`` (the sum of the chances, whatever the looks have in common): a run is not "measured until it
+passes".
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Judged(Protocol):
 Result = TypeVar("Result", bound=Judged)
 
 
-def until_decided(take: Callable[[int], Set], judge: Callable[[Sequence[Set], float], Result], is_over: Callable[[int], bool]) -> Result:
+def until_decided(
+    take: Callable[[int], Set], judge: Callable[[Sequence[Set], float], Result], is_over: Callable[[int], bool]
+) -> Result:
     """``take`` one set after the other, until ``judge(sets, error)`` has decided or ``is_over`` after so many sets.
 
     At least ``FIRST_LOOK`` sets are taken, whatever they cost.

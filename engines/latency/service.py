@@ -1,10 +1,10 @@
 """A task's engine as a service: how long requests take when clients wait for each answer, and when they come by chance.
 
-*Closed loop*: so many clients, each of which asks again as soon as it has its answer. It finds the most that the engine can
-do, and can't see queues: a slow answer delays the requests that would have waited for it.
+*Closed loop*: so many clients, each of which asks again as soon as it has its answer. It finds the most that the engine
+can do, and can't see queues: a slow answer delays the requests that would have waited for it.
 
-*Open loop*: requests arrive at a rate, as a Poisson process, whether or not there are answers, and a request's time counts
-from when it arrived, not from when a worker took it up (Tene's "coordinated omission").
+*Open loop*: requests arrive at a rate, as a Poisson process, whether or not there are answers, and a request's time
+counts from when it arrived, not from when a worker took it up (Tene's "coordinated omission").
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from threading import Lock
 
 import numpy as np
 
-from engines.backends import Progress, Session, unheard
+from engines.backends import Session
 from engines.latency.harness import WARMUP, Arm, Work
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
+from lora.progress import Progress, unheard
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 MOST_REQUESTS = 10_000_000  # of an arm: every one's time is kept
@@ -31,7 +32,9 @@ SLICES = 4  # arms take turns, so that what the machine does meanwhile meets all
 
 @dataclass(frozen=True)
 class Traffic:
-    """How requests come: ``rate`` a second by chance to so many workers; None: from so many clients that wait for their answers."""
+    """How requests come: ``rate`` a second by chance to so many workers; None: from so many clients that wait for their
+    answers.
+    """
 
     rate: float | None
     workers: int
@@ -41,7 +44,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Service:
-    """One arm under traffic: how many requests were answered, how many a second, and percentiles of their times in ms."""
+    """One arm under traffic: the requests answered, how many a second, and percentiles of their times in ms."""
 
     arm: str
     requests: int
@@ -50,9 +53,15 @@ class Service:
 
 
 def serve(arms: Sequence[Arm], work: Work, traffic: Traffic, progress: Progress = unheard) -> list[Service]:
-    """Put each arm under the same traffic, in turns, for ``traffic.seconds`` each in all. Raises EngineError where that is too many requests."""
+    """Put each arm under the same traffic, in turns, for ``traffic.seconds`` each in all.
+
+    Raises EngineError where that is too many requests.
+    """
     if traffic.rate is not None and traffic.rate * traffic.seconds > MOST_REQUESTS:
-        raise EngineError(f"{traffic.rate:g} requests a second for {traffic.seconds:g} s are more than {MOST_REQUESTS:,}; choose a lower rate or fewer seconds")
+        raise EngineError(
+            f"{traffic.rate:g} requests a second for {traffic.seconds:g} s are more than {MOST_REQUESTS:,}; choose a"
+            " lower rate or fewer seconds"
+        )
     times: dict[str, list[Array]] = {arm.name: [] for arm in arms}
     busy = dict.fromkeys(times, 0.0)
     with ExitStack() as stack:
@@ -80,7 +89,10 @@ def _slice(session: Session, work: Work, traffic: Traffic, turn: int) -> tuple[A
 
 
 def poisson(rate: float, seconds: float, random: np.random.Generator) -> Array:
-    """When requests arrive, in s from the start: at ``rate`` a second, independently of one another. At least one does."""
+    """When requests arrive, in s from the start: at ``rate`` a second, independently of one another.
+
+    At least one does.
+    """
     gaps = random.exponential(1 / rate, int(rate * seconds + 6 * (rate * seconds) ** 0.5 + 10))
     arrivals: Array = np.cumsum(gaps)
     return arrivals[: max(1, int(np.searchsorted(arrivals, seconds)))]

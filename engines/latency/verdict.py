@@ -12,7 +12,7 @@ import numpy as np
 
 from engines.latency.equivalence import Decision, Ratio, paired_ratio, quantile_ratio
 from engines.latency.report import Load, Point, Reading, Samples, Verdict
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 BASE, AGAIN, MERGED, UNMERGED = "base", "base again", "merged", "unmerged"
 ROUNDS_FOR_P99 = 100  # in a set: fewer have no hundredth
@@ -29,15 +29,28 @@ def judge(decisions: Mapping[str, Decision], margin: float) -> tuple[Verdict, st
     """The verdict on the merged arm, and the reason, from what each arm's interval says."""
     if decisions[AGAIN] != "equivalent":
         return "undecided", f"this machine is too noisy: the base against itself is not within {margin:.1%}"
-    power = "" if decisions.get(UNMERGED, "slower") == "slower" else "; no power shown: the unmerged adapter is not measurably slower here"
+    power = (
+        ""
+        if decisions.get(UNMERGED, "slower") == "slower"
+        else "; no power shown: the unmerged adapter is not measurably slower here"
+    )
     match decisions[MERGED]:
         case "equivalent":
             return "equivalent", f"merged is within {margin:.1%} of the unadapted base{power}"
         case "slower":
             return "slower", f"merged is more than {margin:.1%} slower than the unadapted base{power}"
         case "faster":
-            return "undecided", f"merged is more than {margin:.1%} faster than the unadapted base, which merging does not explain; measure again"
-    return "undecided", f"the interval of merged against base crosses the margin of {margin:.1%}; give it a larger budget"
+            return (
+                "undecided",
+                (
+                    f"merged is more than {margin:.1%} faster than the unadapted base, which merging does not explain;"
+                    " measure again"
+                ),
+            )
+    return (
+        "undecided",
+        f"the interval of merged against base crosses the margin of {margin:.1%}; give it a larger budget",
+    )
 
 
 def _reading(load: Load, name: str, index: int, samples: Samples, margin: float, error: float) -> Reading:

@@ -1,4 +1,7 @@
-"""What a task's adapter changes, out of the bundle, and the merge that a task stored as factors is loaded with. No torch, no onnx."""
+"""What a task's adapter changes, out of the bundle, and the merge that a task stored as factors is loaded with.
+
+No torch, no onnx.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from exporter.bundle.layout import ModelWeights, to_graph
 from exporter.bundle.manifest import Bundle
 from lora.adapter import Change, Replacement
-from lora.fit import changes_by_parameter
+from lora.files.tensorfile import Array, TensorFile
 from lora.formats.peft import read_peft
-from lora.merge import merge
-from lora.tensorfile import Array, TensorFile
+from lora.merging.fit import changes_by_parameter
+from lora.merging.merge import merge
 
 
 def bundled_changes(bundle: Bundle, task: str, base: ModelWeights | None = None) -> dict[str, list[Change]]:
@@ -54,7 +57,8 @@ def brought_whole(changes: Sequence[Change]) -> bool:
 
 
 def merged_at_load(bundle: Bundle, task: str, base: ModelWeights | None = None) -> dict[str, Array]:
-    """The tensors that loading the task must merge, by parameter name and in the model's axis order; none for a dense task.
+    """The tensors that loading the task must merge, by parameter name and in the model's axis order; none for a dense
+    task.
 
     The same numbers as a dense export stores: W + ΔW in float32, rounded once. Raises AdapterError as the merge does.
     ``base`` as for ``bundled_changes``.
@@ -63,7 +67,9 @@ def merged_at_load(bundle: Bundle, task: str, base: ModelWeights | None = None) 
     if record.store == "dense" or not record.adapter:
         return {}
     base = base_stored(bundle, task) if base is None else base
-    targets = {name: changes for name, changes in bundled_changes(bundle, task, base).items() if not brought_whole(changes)}
+    targets = {
+        name: changes for name, changes in bundled_changes(bundle, task, base).items() if not brought_whole(changes)
+    }
     return {merged.parameter: merged.stored for merged in merge(base, targets, bundle.path / record.adapter[0].path)}
 
 

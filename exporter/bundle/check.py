@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.bundle.manifest import MANIFEST, Bundle, all_files, open_bundle, printable
+from exporter.bundle.manifest import MANIFEST, Bundle, all_files, open_bundle
 from lora.errors import BundleError
+from lora.progress import Progress, unheard
+from lora.wording import printable
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,11 @@ class Finding:
     problem: str
 
 
-def check_bundle(path: Path, progress: Callable[[str], None] = lambda step: None) -> list[Finding]:
+def check_bundle(path: Path, progress: Progress = unheard) -> list[Finding]:
     """Everything that is wrong with the bundle in ``path``: files missing, resized or changed, and files nobody names.
 
-    A manifest that can't be read, or leads out of the bundle, is the only finding then. Raises BundleError when there is
-    no bundle in ``path`` at all.
+    A manifest that can't be read, or leads out of the bundle, is the only finding then. Raises BundleError when there
+    is no bundle in ``path`` at all.
     """
     if not (path / MANIFEST).is_file():
         raise BundleError(f"{path}: not a bundle (no {MANIFEST}); create one with 'lorafuse export'")
@@ -34,7 +36,7 @@ def check_bundle(path: Path, progress: Callable[[str], None] = lambda step: None
     return [*_damaged(bundle, progress), *_extra(bundle)]
 
 
-def _damaged(bundle: Bundle, progress: Callable[[str], None]) -> Iterator[Finding]:
+def _damaged(bundle: Bundle, progress: Progress) -> Iterator[Finding]:
     for file in sorted(set(all_files(bundle.manifest)), key=lambda file: file.path):
         progress(file.path)
         try:
@@ -44,7 +46,10 @@ def _damaged(bundle: Bundle, progress: Callable[[str], None]) -> Iterator[Findin
 
 
 def _extra(bundle: Bundle) -> Iterator[Finding]:
-    """Files that the manifest does not name: another's, or what an interrupted export left. Links count, and are not followed."""
+    """Files that the manifest does not name: another's, or what an interrupted export left.
+
+    Links count, and are not followed.
+    """
     named = {file.path for file in all_files(bundle.manifest)} | {MANIFEST}
     for folder, folders, files in os.walk(bundle.path):
         links = [name for name in folders if Path(folder, name).is_symlink()]

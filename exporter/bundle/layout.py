@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lora.tensorfile import Array, TensorFile
+from lora.files.tensorfile import Array, TensorFile
 
 WeightMap = Mapping[str, tuple[int, ...] | None]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -31,13 +31,18 @@ def to_model(values: Array, order: tuple[int, ...] | None) -> Array:
 class ModelWeights(Mapping[str, Array]):
     """Weights kept in the graph's order, seen under their parameters' names and in the model's order.
 
-    A file later in ``files`` wins over an earlier one: a task's over the base's. A tensor of another shape than ``shapes``,
-    by key and in the graph's order, is another graph's (a head's) and left out.
+    A file later in ``files`` wins over an earlier one: a task's over the base's. A tensor of another shape than
+    ``shapes``, by key and in the graph's order, is another graph's (a head's) and left out.
     """
 
     def __init__(self, files: Iterable[TensorFile], weights: WeightMap, shapes: Shapes = MappingProxyType({})) -> None:
         self._weights = weights
-        home = {stored: file for file in files for stored in file if file.shape(stored) == shapes.get(stored, file.shape(stored))}
+        home = {
+            stored: file
+            for file in files
+            for stored in file
+            if file.shape(stored) == shapes.get(stored, file.shape(stored))
+        }
         self._home = {name: home[key(name, order)] for name, order in weights.items() if key(name, order) in home}
 
     def __getitem__(self, name: str) -> Array:

@@ -10,7 +10,9 @@ from exporter.bundle.manifest import Manifest, task_files
 
 @dataclass(frozen=True)
 class Listed:
-    """One task: its head in words, how it is stored, the digest of its graph, the bytes of its own files, its labels and engines."""
+    """One task: its head in words, how it is stored, the digest of its graph, the bytes of its own files, its labels
+    and engines.
+    """
 
     task: str
     head: str

@@ -28,7 +28,8 @@ from typing import Literal
 import msgspec
 
 from lora.errors import BundleError
-from lora.tensorfile import file_sha256
+from lora.files.tensorfile import file_sha256
+from lora.wording import printable
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
@@ -41,7 +42,9 @@ Precision = Literal["float32", "float16", "bfloat16"]
 Store = Literal["dense", "factors"]
 Mode = Literal["rebuild", "refit", "stripped"]
 RESERVED = frozenset({"manifest", *FOLDERS})
-CLOCK_STEP = 2 * 10**9  # ns: a file that changes twice within a step of its file system's clock may show one time for both
+CLOCK_STEP = (
+    2 * 10**9
+)  # ns: a file that changes twice within a step of its file system's clock may show one time for both
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +64,8 @@ class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What distinguishes one dense graph over a base from another: the task type (PEFT's name for it) and the number of outputs.
+    """What distinguishes one dense graph over a base from another: the task type (PEFT's name for it) and the number of
+    outputs.
 
     ``tied`` says that a language model's output embedding, where the base ties it to the input's, still is.
     """
@@ -81,8 +85,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``model_sha256`` is that of the ONNX model it was built from (an engine that tasks share: the graph's digest), and
     ``weights_sha256`` that of the weights in it. ``mode`` says whether its weights can be exchanged, and ``refittable``
-    which. ``proven`` holds {task: weights_sha256} of those whose outputs, refitted, equalled those of an engine that was
-    built from them.
+    which. ``proven`` holds {task: weights_sha256} of those whose outputs, refitted, equalled those of an engine that
+    was built from them.
     """
 
     backend: str
@@ -136,8 +140,8 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The base: the fingerprint of the checkpoint, its weights in the graph's layout, and its side files.
 
-    ``longest`` is the longest sequence it takes, in tokens, and ``vocabulary`` the number of its token ids. ``precision``
-    is the dtype of the graphs' weights and products.
+    ``longest`` is the longest sequence it takes, in tokens, and ``vocabulary`` the number of its token ids.
+    ``precision`` is the dtype of the graphs' weights and products.
     """
 
     sha256: str
@@ -183,7 +187,9 @@ class Bundle:
         return self.manifest.graphs[task.graph]
 
     def weights_sha256(self, task: Task | None = None) -> str:
-        """What an engine's weights are told by: the base's checkpoint and precision, and what the task adds (None: nothing)."""
+        """What an engine's weights are told by: the base's checkpoint and precision, and what the task adds (None:
+        nothing).
+        """
         base = self.manifest.base
         added = [*(file.sha256 for file in task.own_weights), task.adapter_sha256] if task else []
         return hashlib.sha256(" ".join([base.sha256, base.precision, *added]).encode()).hexdigest()
@@ -195,7 +201,9 @@ class Bundle:
             if path.is_symlink() or not path.is_file():
                 raise BundleError(f"{path}: missing from the bundle; export the task again")
             if path.stat().st_size != file.size:
-                raise BundleError(f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again")
+                raise BundleError(
+                    f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again"
+                )
         return path
 
     def checked(self, file: File) -> Path:
@@ -246,7 +254,12 @@ def task_files(task: Task) -> Iterator[File]:
 def all_files(manifest: Manifest) -> Iterator[File]:
     """Every file that the manifest names."""
     yield from (*manifest.base.weights, *manifest.base.files, *manifest.timing_caches.values())
-    yield from (engine.file for graph in manifest.graphs.values() for engine in graph.engines.values() if engine.file is not None)
+    yield from (
+        engine.file
+        for graph in manifest.graphs.values()
+        for engine in graph.engines.values()
+        if engine.file is not None
+    )
     for task in manifest.tasks.values():
         yield from task_files(task)
 
@@ -254,12 +267,10 @@ def all_files(manifest: Manifest) -> Iterator[File]:
 def check_task_name(name: str) -> None:
     """Raises BundleError unless ``name`` can stand at the head of a file name."""
     if not TASK_NAME.fullmatch(name) or name in RESERVED:
-        raise BundleError(f"task name {name!r} can't be used; expected lower-case letters, digits, '_', '.', '-', and none of {', '.join(sorted(RESERVED))}")
-
-
-def printable(text: str) -> str:
-    """``text`` that came with a bundle, for a terminal: control characters, and bytes of a file's name that are no text, are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+        raise BundleError(
+            f"task name {name!r} can't be used; expected lower-case letters, digits, '_', '.', '-', and none of"
+            f" {', '.join(sorted(RESERVED))}"
+        )
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -274,13 +285,18 @@ def _decode(path: Path) -> Manifest:
         if schema > SCHEMA:
             raise BundleError(f"{path}: schema {schema} is newer than this program reads ({SCHEMA}); update lorafuse")
         if schema < SCHEMA:
-            raise BundleError(f"{path}: schema {schema} is of an earlier lorafuse, and this one reads {SCHEMA}; export the tasks again")
+            raise BundleError(
+                f"{path}: schema {schema} is of an earlier lorafuse, and this one reads {SCHEMA}; export the tasks"
+                " again"
+            )
         manifest = msgspec.json.decode(content, type=Manifest)
         _check_graphs(path, manifest)
         _check_references(path, manifest)
         _check_folders(path.parent, manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{path}: not a bundle's manifest ({printable(' '.join(str(error).split()))}); export the tasks again") from error
+        raise BundleError(
+            f"{path}: not a bundle's manifest ({printable(' '.join(str(error).split()))}); export the tasks again"
+        ) from error
     return manifest
 
 
@@ -290,13 +306,17 @@ class _Schema(msgspec.Struct):
 
 def _check_graphs(path: Path, manifest: Manifest) -> None:
     if manifest.base.longest < 0:
-        raise BundleError(f"{path}: the base's longest is {manifest.base.longest}; expected a number of tokens, or 0 for none; export the tasks again")
+        raise BundleError(
+            f"{path}: the base's longest is {manifest.base.longest}; expected a number of tokens, or 0 for none; export"
+            " the tasks again"
+        )
     for digest, graph in manifest.graphs.items():
         if not graph.outputs:
             raise BundleError(f"{path}: the graph {digest[:12]!r}… has no outputs; export its tasks again")
         if not graph.head.task_type.isprintable():
             raise BundleError(
-                f"{path}: the graph {digest[:12]!r}… is of the task type {graph.head.task_type!r}, which can't be printed; export its tasks again"
+                f"{path}: the graph {digest[:12]!r}… is of the task type {graph.head.task_type!r}, which can't be"
+                " printed; export its tasks again"
             )
 
 
@@ -304,14 +324,29 @@ def _check_references(path: Path, manifest: Manifest) -> None:
     for name, task in manifest.tasks.items():
         check_task_name(name)
         if task.graph not in manifest.graphs:
-            raise BundleError(f"{path}: task '{name}' names the graph {task.graph[:12]!r}…, which the manifest lacks; export the task again")
+            raise BundleError(
+                f"{path}: task '{name}' names the graph {task.graph[:12]!r}…, which the manifest lacks; export the task"
+                " again"
+            )
         head = manifest.graphs[task.graph].head
         if task.labels and head.classifies and head.outputs > 1 and len(task.labels) != head.outputs:
-            raise BundleError(f"{path}: task '{name}' has {len(task.labels)} labels, but its head has {head.outputs} outputs; export the task again")
+            raise BundleError(
+                f"{path}: task '{name}' has {len(task.labels)} labels, but its head has {head.outputs} outputs; export"
+                " the task again"
+            )
     for file in all_files(manifest):
         pure = PurePosixPath(file.path)
-        if pure.is_absolute() or ".." in pure.parts or pure.parts in ((), (MANIFEST,)) or "\\" in file.path or not file.path.isprintable():
-            raise BundleError(f"{path}: file path {file.path!r} leaves the bundle, is its manifest or can't be printed; refusing to follow it")
+        if (
+            pure.is_absolute()
+            or ".." in pure.parts
+            or pure.parts in ((), (MANIFEST,))
+            or "\\" in file.path
+            or not file.path.isprintable()
+        ):
+            raise BundleError(
+                f"{path}: file path {file.path!r} leaves the bundle, is its manifest or can't be printed; refusing to"
+                " follow it"
+            )
 
 
 def _check_folders(bundle: Path, manifest: Manifest) -> None:

@@ -10,23 +10,35 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
-from exporter.bundle.manifest import MANIFEST, Bundle, File, Manifest, all_files, check_sha256, encode, open_bundle, reading
+from exporter.bundle.manifest import (
+    MANIFEST,
+    Bundle,
+    File,
+    Manifest,
+    all_files,
+    check_sha256,
+    encode,
+    open_bundle,
+    reading,
+)
 from exporter.bundle.staging import staging
-from lora.durable import flush
 from lora.errors import BundleError
+from lora.files.durable import flush
+from lora.progress import Progress, unheard
 
 SUFFIX = ".tar"
 MODE = 0o644
 
 
-def pack_bundle(path: Path, out: Path, tasks: Collection[str] = (), progress: Callable[[str], None] = lambda step: None) -> int:
-    """Write the tasks (none named: all) of the bundle in ``path``, with the base, to the tar file ``out``; its size in bytes.
+def pack_bundle(path: Path, out: Path, tasks: Collection[str] = (), progress: Progress = unheard) -> int:
+    """Write the tasks (none named: all) of the bundle in ``path``, with the base, to the tar file ``out``; its size in
+    bytes.
 
     The members lie in a folder named like ``out`` without its suffix. Every file's SHA-256 is compared on the way.
     Raises BundleError when ``out`` exists, lies in the bundle or is no name of a tar file, a task is unknown, a file is
@@ -51,7 +63,10 @@ def pack_bundle(path: Path, out: Path, tasks: Collection[str] = (), progress: Ca
 
 def _check_place(bundle: Bundle, out: Path) -> None:
     if out.suffix != SUFFIX:
-        raise BundleError(f"{out}: expected a name that ends in {SUFFIX}; without it, the name is that of the folder that 'tar xf' makes")
+        raise BundleError(
+            f"{out}: expected a name that ends in {SUFFIX}; without it, the name is that of the folder that 'tar xf'"
+            " makes"
+        )
     if os.path.lexists(out):
         raise BundleError(f"{out}: exists already; choose another name, or remove it")
     if out.resolve().is_relative_to(bundle.path.resolve()):
@@ -83,7 +98,10 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 
 
 class _Hashed(io.RawIOBase):
-    """A file of the bundle that is hashed while it is read. What can't be read is a BundleError: OSErrors are the tar file's."""
+    """A file of the bundle that is hashed while it is read.
+
+    What can't be read is a BundleError: OSErrors are the tar file's.
+    """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from exporter.bundle.manifest import MANIFEST, Bundle, File, Manifest, all_files, encode, open_bundle
-from lora.durable import flush, staging_folder
 from lora.errors import BundleError
-from lora.tensorfile import file_sha256
+from lora.files.durable import flush, staging_folder
+from lora.files.tensorfile import file_sha256
 
 
 @contextmanager
@@ -29,11 +29,13 @@ def staging(bundle: Path) -> Iterator[Path]:
         with staging_folder(bundle) as stage:
             yield stage
     except OSError as error:
-        raise BundleError(f"{bundle}: can't be written ({error.strerror or error}); the bundle is as it was before") from error
+        raise BundleError(
+            f"{bundle}: can't be written ({error.strerror or error}); the bundle is as it was before"
+        ) from error
 
 
 def named_by_content(path: Path, stem: str) -> File:
-    """Rename a staged file to ``<stem>-<hash><suffix>``, in its folder, and describe it relative to the staging root."""
+    """Rename a staged file to ``<stem>-<hash><suffix>``, in its folder, and describe it from the staging root."""
     sha256 = file_sha256(path)
     target = path.with_name(f"{stem}-{sha256[:8]}{path.suffix}")
     path.rename(target)
@@ -57,7 +59,9 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
         for path in stage.rglob("*"):
             if path.is_file():
                 flush(path)
-        _write_flushed(stage / MANIFEST, encode(manifest))  # before anything moves: should the disk be full by now, nothing has changed
+        _write_flushed(
+            stage / MANIFEST, encode(manifest)
+        )  # before anything moves: should the disk be full by now, nothing has changed
         if current is None:
             stage.chmod(0o755)
             stage.rename(bundle)
@@ -71,7 +75,10 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
 
 
 def amend(bundle: Path, stage: Path, update: Callable[[Bundle], Manifest]) -> Bundle:
-    """As ``commit``, of a bundle that is to be there already. Raises BundleError when it has gone meanwhile, and creates none."""
+    """As ``commit``, of a bundle that is to be there already.
+
+    Raises BundleError when it has gone meanwhile, and creates none.
+    """
 
     def amended(current: Manifest | None) -> Manifest:
         if current is None:
@@ -101,7 +108,9 @@ def _remove_unnamed(bundle: Path, former: Manifest, manifest: Manifest) -> None:
     """Remove what the former manifest named and this one does not; a file that is not ours stays."""
     kept = {file.path for file in all_files(manifest)}
     for path in sorted({file.path for file in all_files(former)} - kept):
-        with suppress(OSError):  # the change is done by now; a file that can't be removed, or a folder with others in it, stays
+        with suppress(
+            OSError
+        ):  # the change is done by now; a file that can't be removed, or a folder with others in it, stays
             (bundle / path).unlink(missing_ok=True)
             (bundle / path).parent.rmdir()
 

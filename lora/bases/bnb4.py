@@ -12,8 +12,8 @@ A weight ``w`` of n elements, taken row by row in blocks of ``blocksize``, is st
     element[i] = quant_map[code[i]] · scale[i // blocksize]                  in float32, rounded once to w's dtype
     scale[b]   = nested_quant_map[absmax[b]] · nested_absmax[b // nested_blocksize] + nested_offset
 
-Method: Dettmers et al. 2023 (QLoRA), section 3 and appendix E, https://arxiv.org/abs/2305.14314. Layout: ``QuantState`` in
-https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/functional.py
+Method: Dettmers et al. 2023 (QLoRA), section 3 and appendix E, https://arxiv.org/abs/2305.14314. Layout: ``QuantState``
+in https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/functional.py
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ import numpy as np
 
 from lora.bases.checkpoint import Checkpoint
 from lora.errors import CheckpointError
-from lora.tensorfile import Array, numpy_dtype
+from lora.files.tensorfile import Array, numpy_dtype
 
 MARK = ".quant_state.bitsandbytes__"
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 PIECE = 1 << 20  # elements dequantized at a time; a multiple of every block size
-# What the codes stand for. nf4: quantiles of the normal distribution (QLoRA, appendix E). fp4: sign, two exponent bits, one
-# mantissa bit, scaled to [-1, 1]. bitsandbytes takes these whatever a file's quant_map holds, so a file must hold these.
+# What the codes stand for. nf4: quantiles of the normal distribution (QLoRA, appendix E). fp4: sign, two exponent bits,
+# one
+# mantissa bit, scaled to [-1, 1]. bitsandbytes takes these whatever a file's quant_map holds, so a file must hold
+# these.
 _NF4_BELOW = (-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0)
 _NF4_ABOVE = (0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0)
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -101,7 +103,7 @@ class Bnb4(Mapping[str, Array]):
 
     @property
     def tied(self) -> Mapping[str, str]:
-        """{an output embedding that is stored as the input's: that one's name}; found, not listed, as in a Checkpoint."""
+        """{an output embedding stored as the input's: that one's name}; found, not listed, as in a Checkpoint."""
         return self._stored.tied if isinstance(self._stored, Checkpoint) else {}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -118,11 +120,16 @@ def _state(path: Path, name: str, data: Array) -> QuantState:
     try:
         state = msgspec.json.decode(data.tobytes(), type=QuantState)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: '{name}' is not a quant state of bitsandbytes 4-bit ({error!r}); save the base again") from error
+        raise CheckpointError(
+            f"{path}: '{name}' is not a quant state of bitsandbytes 4-bit ({error!r}); save the base again"
+        ) from error
     if state.quant_type != name.partition(MARK)[2]:
         raise CheckpointError(f"{path}: '{name}' holds a quant state of type {state.quant_type}; save the base again")
     if len({field is None for field in (state.nested_blocksize, state.nested_dtype, state.nested_offset)}) != 1:
-        raise CheckpointError(f"{path}: '{name}' has some of nested_blocksize, nested_dtype and nested_offset, not all; save the base again")
+        raise CheckpointError(
+            f"{path}: '{name}' has some of nested_blocksize, nested_dtype and nested_offset, not all; save the base"
+            " again"
+        )
     return state
 
 
@@ -134,13 +141,16 @@ def _check(path: Path, name: str, state: QuantState, stored: Mapping[str, Array]
             raise CheckpointError(f"{path}: '{name + part}' is missing; save the base again")
         if tensor.dtype != dtype or tensor.shape != (size,):
             raise CheckpointError(
-                f"{path}: '{name + part}' is {tensor.dtype} {tensor.shape}, but a {state.quant_type} weight of shape {state.shape} "
-                f"in blocks of {state.blocksize} needs {dtype} ({size},); save the base again"
+                f"{path}: '{name + part}' is {tensor.dtype} {tensor.shape}, but a {state.quant_type} weight of shape"
+                f" {state.shape} in blocks of {state.blocksize} needs {dtype} ({size},); save the base again"
             )
     packed, size = stored.get(name), (state.elements + 1) // 2
     if packed is None or packed.nbytes != size or packed.shape[1:] != (1,):
         found = "missing" if packed is None else f"{packed.dtype} {packed.shape}"
-        raise CheckpointError(f"{path}: '{name}' is {found}, but a weight of shape {state.shape} is {size} bytes of codes in one column; save the base again")
+        raise CheckpointError(
+            f"{path}: '{name}' is {found}, but a weight of shape {state.shape} is {size} bytes of codes in one column;"
+            " save the base again"
+        )
     if not np.allclose(stored[f"{name}.quant_map"], CODES[state.quant_type], rtol=0, atol=1e-6):
         raise CheckpointError(f"{path}: '{name}.quant_map' is not {state.quant_type}'s; the weights can't be told")
 
@@ -150,7 +160,9 @@ def _check_owned(path: Path, names: Mapping[str, Any]) -> None:
     for name in names:
         owner, _, part = name.rpartition(".")
         if f".{part}" in PARTS and owner in names:
-            raise CheckpointError(f"{path}: '{owner}' has a tensor {part} but no quant state ('{owner}{MARK}nf4'); save the base again")
+            raise CheckpointError(
+                f"{path}: '{owner}' has a tensor {part} but no quant state ('{owner}{MARK}nf4'); save the base again"
+            )
 
 
 def _layout(state: QuantState) -> dict[str, tuple[np.dtype[Any], int]]:
@@ -159,14 +171,21 @@ def _layout(state: QuantState) -> dict[str, tuple[np.dtype[Any], int]]:
     if state.nested_blocksize is None:
         return {".quant_map": (single, 16), ".absmax": (single, state.blocks)}
     groups = -(-state.blocks // state.nested_blocksize)
-    return {".quant_map": (single, 16), ".absmax": (byte, state.blocks), ".nested_absmax": (single, groups), ".nested_quant_map": (single, 256)}
+    return {
+        ".quant_map": (single, 16),
+        ".absmax": (byte, state.blocks),
+        ".nested_absmax": (single, groups),
+        ".nested_quant_map": (single, 256),
+    }
 
 
 def _dequantized(state: QuantState, name: str, stored: Mapping[str, Array]) -> Array:
     """The weight, of the state's shape and dtype, computed piece by piece in float32."""
     packed = np.ascontiguousarray(stored[name]).reshape(-1).view(np.uint8)
     code = np.asarray(stored[f"{name}.quant_map"])
-    pairs = np.stack([np.repeat(code, 16), np.tile(code, 16)], axis=1)  # (256, 2): what the two codes of a byte stand for
+    pairs = np.stack(
+        [np.repeat(code, 16), np.tile(code, 16)], axis=1
+    )  # (256, 2): what the two codes of a byte stand for
     scales = _scales(state, name, stored)
     weight = np.empty(state.elements, numpy_dtype(state.dtype))
     for start in range(0, state.elements, PIECE):

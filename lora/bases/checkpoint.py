@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import CheckpointError
-from lora.tensorfile import Array, Span, TensorFile, file_sha256
+from lora.files.tensorfile import Array, Span, TensorFile, file_sha256
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # The output embedding of transformers' language models, and the names of the input embedding that it may be tied to.
@@ -61,7 +61,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX}; save the base with save_pretrained(safe_serialization=True)")
+        raise CheckpointError(
+            f"{folder}: neither {SINGLE} nor {INDEX}; save the base with save_pretrained(safe_serialization=True)"
+        )
     return [folder / name for name in _shard_names(folder / INDEX)]
 
 
@@ -89,17 +91,25 @@ def _shard_names(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index with a 'weight_map' ({error!r}); fetch it again") from error
+        raise CheckpointError(
+            f"{index}: not a safetensors index with a 'weight_map' ({error!r}); fetch it again"
+        ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name beside the index; refusing to follow it")
+            raise CheckpointError(
+                f"{index}: shard {name!r} is not a plain file name beside the index; refusing to follow it"
+            )
     return names
 
 
 def _tied(config: Mapping[str, Any], names: set[str]) -> dict[str, str]:
     """The output embedding of a language model whose configuration ties it and whose file leaves it out."""
     models = " ".join(map(str, config.get("architectures") or ()))
-    if not config.get("tie_word_embeddings", True) or OUTPUT_EMBEDDING in names or not any(kind in models for kind in ("LM", "ConditionalGeneration")):
+    if (
+        not config.get("tie_word_embeddings", True)
+        or OUTPUT_EMBEDDING in names
+        or not any(kind in models for kind in ("LM", "ConditionalGeneration"))
+    ):
         return {}
     inputs = [name for name in names if name.endswith(INPUT_EMBEDDINGS)]
     return {OUTPUT_EMBEDDING: inputs[0]} if len(inputs) == 1 else {}

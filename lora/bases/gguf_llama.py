@@ -1,6 +1,8 @@
-"""A GGUF file of a Llama as the weights of transformers' model: its names, its order of rows, dequantized one at a time.
+"""A GGUF file of a Llama as the weights of transformers' model: its names, its order of rows, dequantized one at a
+time.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package ``gguf`` parses the file and undoes the quantization.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package ``gguf`` parses the file and undoes the
+quantization.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 
 from lora.bases.checkpoint import OUTPUT_EMBEDDING
 from lora.errors import CheckpointError
-from lora.tensorfile import Array, numpy_dtype
+from lora.files.tensorfile import Array, numpy_dtype
 
 MAGIC = b"GGUF"
 ARCHITECTURE = "llama"
@@ -85,14 +87,19 @@ class GgufBase(Mapping[str, Array]):
         if 0 in shape or not shape:
             raise CheckpointError(f"{path}: '{name}' has the shape {shape}; fetch or convert the file again")
         if heads and shape[0] % (2 * heads):
-            raise CheckpointError(f"{path}: '{name}' has {shape[0]} rows, which {heads} heads don't divide into pairs; fetch or convert the file again")
+            raise CheckpointError(
+                f"{path}: '{name}' has {shape[0]} rows, which {heads} heads don't divide into pairs; fetch or convert"
+                " the file again"
+            )
 
 
 def _open(path: Path) -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise CheckpointError(f"{path}: reading GGUF needs the package gguf; run: pip install 'lorafuse[gguf]'") from error
+        raise CheckpointError(
+            f"{path}: reading GGUF needs the package gguf; run: pip install 'lorafuse[gguf]'"
+        ) from error
     try:
         return gguf.GGUFReader(path)
     except FileNotFoundError as error:
@@ -103,9 +110,14 @@ def _open(path: Path) -> Any:
 
 def _check_kind(path: Path, reader: Any) -> None:
     """One whole Llama in this machine's byte order, every tensor of a type that can be dequantized."""
-    architecture, kind, parts = (_field(path, reader, key) for key in ("general.architecture", "general.type", "split.count"))
+    architecture, kind, parts = (
+        _field(path, reader, key) for key in ("general.architecture", "general.type", "split.count")
+    )
     if architecture != ARCHITECTURE:
-        raise CheckpointError(f"{path}: general.architecture is {architecture!r}; only '{ARCHITECTURE}' is read from GGUF: give the base as safetensors")
+        raise CheckpointError(
+            f"{path}: general.architecture is {architecture!r}; only '{ARCHITECTURE}' is read from GGUF: give the base"
+            " as safetensors"
+        )
     if kind not in (None, "model"):
         raise CheckpointError(f"{path}: general.type is {kind!r}; expected a model")
     if parts not in (None, 0, 1):
@@ -114,7 +126,10 @@ def _check_kind(path: Path, reader: Any) -> None:
         raise CheckpointError(f"{path}: written for the other byte order; convert it again on this kind of machine")
     for tensor_type in {tensor.tensor_type for tensor in reader.tensors}:
         if not _can_dequantize(tensor_type):
-            raise CheckpointError(f"{path}: tensors of type {tensor_type.name} can't be dequantized by this version of gguf; give the base as safetensors")
+            raise CheckpointError(
+                f"{path}: tensors of type {tensor_type.name} can't be dequantized by this version of gguf; give the"
+                " base as safetensors"
+            )
 
 
 def _can_dequantize(tensor_type: Any) -> bool:
@@ -141,12 +156,17 @@ def _number(path: Path, reader: Any, key: str, default: int | None = None) -> in
     if value is None and default is not None:
         return default
     if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{path}: {key} is {value!r}; expected a positive number: fetch or convert the file again")
+        raise CheckpointError(
+            f"{path}: {key} is {value!r}; expected a positive number: fetch or convert the file again"
+        )
     return value
 
 
 def _heads(path: Path, reader: Any) -> dict[str, int]:
-    """{projection: its heads}, of the two whose rows GGUF reorders. Without head_count_kv, keys have as many heads as queries."""
+    """{projection: its heads}, of the two whose rows GGUF reorders.
+
+    Without head_count_kv, keys have as many heads as queries.
+    """
     queries = _number(path, reader, "llama.attention.head_count")
     return {"q_proj": queries, "k_proj": _number(path, reader, "llama.attention.head_count_kv", queries)}
 
@@ -159,7 +179,9 @@ def _by_parameter(path: Path, tensors: list[Any]) -> dict[str, Any]:
         match = NAME.fullmatch(tensor.name)
         table = INNER if match and match["layer"] else OUTER
         if match is None or match["part"] not in table:
-            raise CheckpointError(f"{path}: tensor {tensor.name!r} has no place in a dense Llama (experts?); give the base as safetensors")
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name!r} has no place in a dense Llama (experts?); give the base as safetensors"
+            )
         prefix = f"model.layers.{int(match['layer'])}." if match["layer"] else ""
         named[f"{prefix}{table[match['part']]}.{match['kind']}"] = tensor
     return named
@@ -168,11 +190,19 @@ def _by_parameter(path: Path, tensors: list[Any]) -> dict[str, Any]:
 def _check_complete(path: Path, named: Mapping[str, Any], layers: int) -> None:
     present = {name.split(".")[2] for name in named if name.startswith("model.layers.")}
     if len(present) != layers:
-        raise CheckpointError(f"{path}: holds {len(present)} layers, but llama.block_count is {layers}; fetch or convert the file again")
-    expected = [EMBEDDING, "model.norm.weight", *(f"model.layers.{layer}.{part}.weight" for layer in range(layers) for part in INNER.values())]
+        raise CheckpointError(
+            f"{path}: holds {len(present)} layers, but llama.block_count is {layers}; fetch or convert the file again"
+        )
+    expected = [
+        EMBEDDING,
+        "model.norm.weight",
+        *(f"model.layers.{layer}.{part}.weight" for layer in range(layers) for part in INNER.values()),
+    ]
     missing = [name for name in expected if name not in named]
     if missing:
-        raise CheckpointError(f"{path}: {len(missing)} tensors are missing, the first is '{missing[0]}'; fetch or convert the file again")
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors are missing, the first is '{missing[0]}'; fetch or convert the file again"
+        )
 
 
 def _values(tensor: Any) -> Array:
@@ -189,8 +219,8 @@ def _halves(values: Array, heads: int) -> Array:
     """From GGUF's order of a query's or key's rows to transformers'.
 
     ggml turns neighbouring rows (2i, 2i + 1) of a head by the i-th angle, transformers the rows (i, i + d/2) of its two
-    halves. So the converter interleaved the halves: file row 2i + j is transformers' row j · d/2 + i, for j in {0, 1}, and
-    splitting a head's rows into (d/2, 2) and swapping these two axes undoes it. Biases are reordered likewise.
+    halves. So the converter interleaved the halves: file row 2i + j is transformers' row j · d/2 + i, for j in {0, 1},
+    and splitting a head's rows into (d/2, 2) and swapping these two axes undoes it. Biases are reordered likewise.
     https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py (``LlamaModel.permute``)
     """
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])

@@ -15,14 +15,19 @@ from lora.bases.bnb4 import Bnb4, is_bnb4
 from lora.bases.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, fingerprint, read_config
 from lora.bases.gguf_llama import MAGIC, GgufBase
 from lora.errors import CheckpointError
-from lora.tensorfile import Array, file_sha256
+from lora.files.tensorfile import Array, file_sha256
 
 DENSE = "W + ΔW"
 BITSANDBYTES = "bitsandbytes"
 # Where config.json says how the weights are quantized, at its top or inside a part such as text_config.
 CONFIG_KEYS = ("quantization_config", "compression_config")
 # Files in which older or other tools say it instead.
-SIDE_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt", "quantization_map.json": "quanto"}
+SIDE_FILES = {
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "hf_quant_config.json": "ModelOpt",
+    "quantization_map.json": "quanto",
+}
 # The tensors that a method leaves in a module, where no file says it. The first match counts.
 SIGNATURES = (
     ((".qweight", ".qzeros", ".g_idx"), "GPTQ"),
@@ -44,8 +49,8 @@ SIGNATURES = (
 class Base:
     """A base's dense weights by parameter name, read one at a time, and the ``formula`` of a merge into them.
 
-    ``path`` is what was opened. ``folder`` holds config.json and the tokenizer (None: a GGUF file has no such folder), and
-    ``config`` is that configuration for a dense model: it says nothing of a quantization.
+    ``path`` is what was opened. ``folder`` holds config.json and the tokenizer (None: a GGUF file has no such folder),
+    and ``config`` is that configuration for a dense model: it says nothing of a quantization.
     """
 
     path: Path
@@ -95,8 +100,9 @@ def _formula(path: Path, kind: str, types: str, dequantize: bool) -> str:
     formula = f"dequant({types}) + ΔW"
     if not dequantize:
         raise CheckpointError(
-            f"{path}: this base is quantized ({kind}: {types}), and an adapter fits the weights that it was trained on; "
-            f"give the unquantized base for W16 + ΔW, or pass --dequantize for {formula} (right for QLoRA on these very weights)"
+            f"{path}: this base is quantized ({kind}: {types}), and an adapter fits the weights that it was trained on;"
+            f" give the unquantized base for W16 + ΔW, or pass --dequantize for {formula} (right for QLoRA on these"
+            " very weights)"
         )
     return formula
 
@@ -114,20 +120,29 @@ def _is_gguf(path: Path) -> bool:
 
 def _check_folder(path: Path) -> None:
     if path.is_file():
-        raise CheckpointError(f"{path}: neither a checkpoint folder nor a GGUF file; give the folder with {CONFIG} and {SINGLE}")
+        raise CheckpointError(
+            f"{path}: neither a checkpoint folder nor a GGUF file; give the folder with {CONFIG} and {SINGLE}"
+        )
     files = sorted(path.glob("*.gguf"))
     if files and not (path / SINGLE).is_file() and not (path / INDEX).is_file():
-        raise CheckpointError(f"{path}: holds no safetensors weights but GGUF files; give one of them, such as {files[0]}")
+        raise CheckpointError(
+            f"{path}: holds no safetensors weights but GGUF files; give one of them, such as {files[0]}"
+        )
 
 
 def _declared(path: Path, config: Mapping[str, Any]) -> str | None:
-    """What the files beside the weights say: None, or bitsandbytes for 4-bit. Any other method is refused here, by name."""
+    """What the files beside the weights say: None, or bitsandbytes for 4-bit. Any other method is refused here, by
+    name.
+    """
     for side_file, method in SIDE_FILES.items():
         if (path / side_file).is_file():
             raise _refusal(path / side_file, method)
     declared = None
     for key, entry in _quantizations(config):
-        method = str(entry.get("quant_method") or (BITSANDBYTES if "load_in_4bit" in entry or "load_in_8bit" in entry else "not named"))
+        method = str(
+            entry.get("quant_method")
+            or (BITSANDBYTES if "load_in_4bit" in entry or "load_in_8bit" in entry else "not named")
+        )
         if method != BITSANDBYTES:
             raise _refusal(path / CONFIG, method, f" in {key}")
         if entry.get("load_in_8bit"):
@@ -164,4 +179,6 @@ def _check_names(path: Path, stored: Checkpoint, known: set[str]) -> None:
 
 
 def _refusal(path: Path, method: str, where: str = "") -> CheckpointError:
-    return CheckpointError(f"{path}: quantized by method '{method}'{where}, which can't be undone here; give the unquantized base")
+    return CheckpointError(
+        f"{path}: quantized by method '{method}'{where}, which can't be undone here; give the unquantized base"
+    )

@@ -1,8 +1,8 @@
 """Reading a diffusers pipeline's file: ``<component>.<module>.<slot>``, in ``pytorch_lora_weights.safetensors``.
 
-Slots are PEFT's, or older spellings of the same. The configuration is PEFT's too, one per component, as JSON in the file's
-metadata; a file without it has a scalar ``alpha`` beside the factors, or a scaling of 1.
-Format: https://huggingface.co/docs/diffusers/using-diffusers/other-formats
+Slots are PEFT's, or older spellings of the same. The configuration is PEFT's too, one per component, as JSON in the
+file's metadata; a file without it has a scalar ``alpha`` beside the factors, or a scaling of 1. Format:
+https://huggingface.co/docs/diffusers/using-diffusers/other-formats
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def _weights(folder: Path) -> Path:
 def _component(path: Path, key: str) -> str:
     match = COMPONENT.match(key)
     if match is None:
-        raise AdapterError(f"{path}: tensor '{key}' belongs to no component; expected {', '.join(f'{name}.' for name in COMPONENTS)} before its name")
+        raise AdapterError(
+            f"{path}: tensor '{key}' belongs to no component; expected {', '.join(f'{name}.' for name in COMPONENTS)}"
+            " before its name"
+        )
     return match[1]
 
 
@@ -74,7 +77,9 @@ def _canonical(path: Path, keys: list[str], prefix: str) -> dict[str, str]:
     for key in keys:
         name = _spelled_as_peft(path, key.removeprefix(prefix), key)
         if canonical.setdefault(name, key) != key:
-            raise AdapterError(f"{path}: tensors '{canonical[name]}' and '{key}' are two spellings of one; save the adapter again")
+            raise AdapterError(
+                f"{path}: tensors '{canonical[name]}' and '{key}' are two spellings of one; save the adapter again"
+            )
     return canonical
 
 
@@ -82,7 +87,10 @@ def _spelled_as_peft(path: Path, name: str, key: str) -> str:
     if (old := OF_PROCESSOR.search(name)) is not None:
         return f"{name[: old.start()]}.{PROCESSOR_LAYERS[old[1]]}{SLOTS[old[2]]}"
     if OF_TEXT_PROCESSOR.search(name):
-        raise AdapterError(f"{path}: tensor '{key}' is spelled as by diffusers before 0.18, which is not understood here; load and save it with a newer one")
+        raise AdapterError(
+            f"{path}: tensor '{key}' is spelled as by diffusers before 0.18, which is not understood here; load and"
+            " save it with a newer one"
+        )
     return SPELLED_DOWN_UP.sub(lambda match: SLOTS[match[1]], name)
 
 
@@ -93,9 +101,14 @@ def _config(path: Path, metadata: dict[str, str], prefix: str) -> PeftConfig | N
     try:
         fields: Any = json.loads(metadata[METADATA])
     except ValueError as error:
-        raise AdapterError(f"{path}: the metadata '{METADATA}' is not JSON ({error}); save the adapter again") from error
+        raise AdapterError(
+            f"{path}: the metadata '{METADATA}' is not JSON ({error}); save the adapter again"
+        ) from error
     if not isinstance(fields, dict):
-        raise AdapterError(f"{path}: the metadata '{METADATA}' is a {type(fields).__name__}; expected an object of fields, save the adapter again")
+        raise AdapterError(
+            f"{path}: the metadata '{METADATA}' is a {type(fields).__name__}; expected an object of fields, save the"
+            " adapter again"
+        )
     ours = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
     return parse_config(path, json.dumps(ours).encode()) if ours else None
 
@@ -104,8 +117,13 @@ def _changes(factors: Factors) -> tuple[Change, ...]:
     """What the tensors alone say: the rank by their shape, alpha by a scalar or not at all."""
     for key in factors.names():
         if key.endswith(MAGNITUDE):
-            raise AdapterError(f"{factors.path}: tensor '{factors.spelling(key)}' is DoRA's, but the file has no configuration; save it with a newer diffusers")
+            raise AdapterError(
+                f"{factors.path}: tensor '{factors.spelling(key)}' is DoRA's, but the file has no configuration; save"
+                " it with a newer diffusers"
+            )
     modules = [key.removesuffix(LINEAR_A) for key in factors.names() if key.endswith(LINEAR_A)]
-    changes = tuple(factors.take_low_rank(module, module + LINEAR_A, module + LINEAR_B, module + ALPHA) for module in modules)
+    changes = tuple(
+        factors.take_low_rank(module, module + LINEAR_A, module + LINEAR_B, module + ALPHA) for module in modules
+    )
     factors.done()
     return changes

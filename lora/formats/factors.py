@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file, taken one by one; one that nobody took is an error, because merging would drop it."""
+"""The tensors of an adapter's file, taken one by one. One that nobody took is an error: a merge would drop it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lora.adapter import Layout, LowRank
 from lora.errors import AdapterError, CheckpointError
-from lora.tensorfile import Array, TensorFile, file_sha256
+from lora.files.tensorfile import Array, TensorFile, file_sha256
 
 # What torch.save writes is called by one of these suffixes, by custom.
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -47,19 +47,31 @@ class Factors:
             raise AdapterError(f"{self.path}: tensor '{spelled}' is missing; the file is incomplete, save it again")
         values = self._tensors[key]
         if values.dtype.kind not in "fV":  # ml_dtypes' bfloat16 is of kind V
-            raise AdapterError(f"{self.path}: tensor '{spelled}' has dtype {values.dtype}; expected a floating-point type")
+            raise AdapterError(
+                f"{self.path}: tensor '{spelled}' has dtype {values.dtype}; expected a floating-point type"
+            )
         if not np.isfinite(values.astype(np.float32)).all():
             raise AdapterError(f"{self.path}: tensor '{spelled}' holds NaN or infinity; the training has diverged")
         self._left.discard(key)
         return values
 
     def take_alpha(self, key: str, rank: int) -> float:
-        """The scalar ``key``, now consumed; where there is none, ``rank``, so that the scaling is 1. Trainers store whole numbers too."""
+        """The scalar ``key``, now consumed; where there is none, ``rank``, so that the scaling is 1.
+
+        Trainers store whole numbers too.
+        """
         if key not in self._tensors:
             return float(rank)
         values, spelled = self._tensors[key], self.spelling(key)
-        if values.size != 1 or values.dtype.kind not in "fViu" or not np.isfinite(alpha := float(values.astype(np.float64).item())):
-            raise AdapterError(f"{self.path}: tensor '{spelled}' of dtype {values.dtype} and shape {values.shape} is no alpha; expected one finite number")
+        if (
+            values.size != 1
+            or values.dtype.kind not in "fViu"
+            or not np.isfinite(alpha := float(values.astype(np.float64).item()))
+        ):
+            raise AdapterError(
+                f"{self.path}: tensor '{spelled}' of dtype {values.dtype} and shape {values.shape} is no alpha;"
+                " expected one finite number"
+            )
         self._left.discard(key)
         return alpha
 
@@ -67,15 +79,29 @@ class Factors:
         """A and B of a module; ``rank`` is what the configuration says of both (None: it says nothing)."""
         a, b = self.take(key_a), self.take(key_b)
         declared = rank if rank is not None else (a.shape[0] if a.ndim else 0)
-        if a.ndim < 2 or b.ndim != a.ndim or a.shape[0] != declared or b.shape[1] != declared or 0 in (*a.shape, *b.shape):
+        if (
+            a.ndim < 2
+            or b.ndim != a.ndim
+            or a.shape[0] != declared
+            or b.shape[1] != declared
+            or 0 in (*a.shape, *b.shape)
+        ):
             said = f"the configuration says rank {rank}" if rank is not None else "their ranks differ"
-            raise AdapterError(f"{self.path}: module '{module}' has factors A {a.shape} and B {b.shape}, but {said}; the files do not belong together")
+            raise AdapterError(
+                f"{self.path}: module '{module}' has factors A {a.shape} and B {b.shape}, but {said}; the files do not"
+                " belong together"
+            )
         if set(b.shape[2:]) - {1}:
-            raise AdapterError(f"{self.path}: module '{module}' has a second convolution B {b.shape}; only one with a kernel of extent 1 can be merged")
+            raise AdapterError(
+                f"{self.path}: module '{module}' has a second convolution B {b.shape}; only one with a kernel of extent"
+                " 1 can be merged"
+            )
         return a, b
 
     def take_low_rank(self, module: str, key_a: str, key_b: str, key_alpha: str) -> LowRank:
-        """A module's update where no configuration says more: a linear layer, or a convolution A (r, in, k, k), B (out, r, 1, 1)."""
+        """A module's update where no configuration says more: a linear layer, or a convolution A (r, in, k, k), B (out,
+        r, 1, 1).
+        """
         a, b = self.take_pair(key_a, key_b, None, module)
         rank = a.shape[0]
         layout: Layout = "conv" if a.ndim > 2 else "linear"
@@ -84,7 +110,10 @@ class Factors:
     def done(self) -> None:
         """Raises AdapterError when a tensor was not taken."""
         if self._left:
-            raise AdapterError(f"{self.path}: tensor '{self.spelling(min(self._left))}' belongs to no layer that is understood here; merging would drop it")
+            raise AdapterError(
+                f"{self.path}: tensor '{self.spelling(min(self._left))}' belongs to no layer that is understood here;"
+                " merging would drop it"
+            )
 
 
 def open_factors(path: Path) -> tuple[Factors, dict[str, str]]:

@@ -1,7 +1,7 @@
 """Reading a kohya / A1111 file: ``lora_<component>_<module>.<slot>``, with the module's dots written as underscores.
 
-Slots are ``lora_down.weight`` (A), ``lora_up.weight`` (B) and the scalar ``alpha``; the scaling is alpha / rank, per module,
-and 1 without alpha. Format: https://github.com/kohya-ss/sd-scripts (networks/lora.py).
+Slots are ``lora_down.weight`` (A), ``lora_up.weight`` (B) and the scalar ``alpha``; the scaling is alpha / rank, per
+module, and 1 without alpha. Format: https://github.com/kohya-ss/sd-scripts (networks/lora.py).
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ REFUSED = {
 
 
 def read_kohya(path: Path, component: str | None = None) -> Adapter:
-    """Read the updates of one component: unet, transformer, te, te1, te2 or te3. It may be left out when the file has one only.
+    """Read the updates of one component: unet, transformer, te, te1, te2 or te3. It may be left out when the file has
+    one only.
 
-    Tensors of the others are not read; the adapter's ``skipped`` names them.
-    Raises AdapterError when the file can't be read, a tensor can't be honoured or is left over, or the component is not clear.
+    Tensors of the others are not read; the adapter's ``skipped`` names them. Raises AdapterError when the file can't be
+    read, a tensor can't be honoured or is left over, or the component is not clear.
     """
     factors, _ = open_factors(path)
     components = {key: _component(path, key) for key in factors.names()}
@@ -57,7 +58,8 @@ def _component(path: Path, key: str) -> str:
     match = COMPONENT.match(key)
     if match is None:
         raise AdapterError(
-            f"{path}: tensor '{key}' belongs to no component; expected lora_unet_, lora_transformer_, lora_te_, lora_te1_, lora_te2_ or lora_te3_"
+            f"{path}: tensor '{key}' belongs to no component; expected lora_unet_, lora_transformer_, lora_te_,"
+            " lora_te1_, lora_te2_ or lora_te3_"
         )
     return match[1]
 
@@ -68,7 +70,8 @@ def _changes(factors: Factors) -> tuple[LowRank, ...]:
         for start, what in REFUSED.items():
             if slot.startswith(start):
                 raise AdapterError(
-                    f"{factors.path}: tensor '{factors.spelling(key)}' is part of {what}, which can't be merged here; convert the adapter to plain LoRA"
+                    f"{factors.path}: tensor '{factors.spelling(key)}' is part of {what}, which can't be merged here;"
+                    " convert the adapter to plain LoRA"
                 )
     modules = [key.removesuffix(DOWN) for key in factors.names() if key.endswith(DOWN)]
     changes = tuple(factors.take_low_rank(module, module + DOWN, module + UP, module + ALPHA) for module in modules)

@@ -1,4 +1,5 @@
-"""Reading a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``, a torch state dict).
+"""Reading a PEFT adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``, a torch state
+dict).
 
 Keys are ``base_model.model.<module>.<slot>``, where the slot says which part of the layer the tensor is; saved modules
 and biases stand under ``base_model.model.<parameter>``. ``base_layer`` in a path is PEFT's wrapper around the module.
@@ -44,7 +45,10 @@ def read_peft(folder: Path) -> Adapter:
 
 
 def peft_changes(factors: Factors, config: PeftConfig, prefix: str) -> tuple[Change, ...]:
-    """Every change that the file's tensors make: replaced tensors first, updates on top of them. All keys bear ``prefix``."""
+    """Every change that the file's tensors make: replaced tensors first, updates on top of them.
+
+    All keys bear ``prefix``.
+    """
     replaced: list[Change] = []
     updates: list[Change] = []
     for key in factors.names():
@@ -64,16 +68,23 @@ def peft_changes(factors: Factors, config: PeftConfig, prefix: str) -> tuple[Cha
 
 
 def _linear(factors: Factors, config: PeftConfig, prefix: str, path: str) -> list[Change]:
-    """A linear or convolutional layer, an attention's input projection, or a stack of experts; with lora_B's bias, if any."""
+    """A linear or convolutional layer, an attention's input projection, or a stack of experts; with lora_B's bias, if
+    any.
+    """
     module, parameters = _unwrapped(path), _bare_parameters(path, config)
     lookup = f"{module}.{parameters[0]}" if parameters else module
     rank, scaling = config.rank(lookup), config.scaling(lookup)
-    if {(config.rank(name), config.scaling(name)) for name in (f"{module}.{parameter}" for parameter in parameters)} - {(rank, scaling)}:
+    if {(config.rank(name), config.scaling(name)) for name in (f"{module}.{parameter}" for parameter in parameters)} - {
+        (rank, scaling)
+    }:
         raise AdapterError(
-            f"{factors.path}: the parameters {', '.join(parameters)} of '{module}' differ in rank or alpha, and the file does not say whose a tensor is"
+            f"{factors.path}: the parameters {', '.join(parameters)} of '{module}' differ in rank or alpha, and the"
+            " file does not say whose a tensor is"
         )
     a, b = factors.take_pair(prefix + path + LINEAR_A, prefix + path + LINEAR_B, None if parameters else rank, module)
-    layout: Layout = "experts" if parameters else "conv" if a.ndim > 2 else "transposed" if config.fan_in_fan_out else "linear"
+    layout: Layout = (
+        "experts" if parameters else "conv" if a.ndim > 2 else "transposed" if config.fan_in_fan_out else "linear"
+    )
     changes: list[Change] = [
         LowRank(
             module=module,
@@ -102,12 +113,17 @@ def _tokens(factors: Factors, config: PeftConfig, prefix: str, path: str) -> Row
     module, values = _unwrapped(path), factors.take(prefix + path + TOKENS)
     rows = config.token_rows(module)
     if values.ndim != 2 or len(rows) != values.shape[0]:
-        raise AdapterError(f"{factors.path}: '{module}' has trained tokens of shape {values.shape}, but {CONFIG} lists {len(rows)} token indices")
+        raise AdapterError(
+            f"{factors.path}: '{module}' has trained tokens of shape {values.shape}, but {CONFIG} lists {len(rows)}"
+            " token indices"
+        )
     return Rows(module, rows, values)
 
 
 def _bare_parameters(path: str, config: PeftConfig) -> tuple[str, ...]:
-    """The parameters of this module that ``target_parameters`` names; which of several a tensor is for, its shape tells."""
+    """The parameters of this module that ``target_parameters`` names; which of several a tensor is for, its shape
+    tells.
+    """
     module = _unwrapped(path)
     named = (target.rpartition(".") for target in config.target_parameters or ())
     return tuple(parameter for owner, _, parameter in named if f".{module}".endswith(f".{owner}"))
@@ -119,7 +135,9 @@ def _is_saved(name: str, config: PeftConfig) -> bool:
         return True
     if config.bias != "none" and name.endswith(".bias"):
         return not name.endswith(LINEAR_BIAS)
-    return name.endswith(f"{WRAPPER}.weight") or _unwrapped(name).removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
+    return (
+        name.endswith(f"{WRAPPER}.weight") or _unwrapped(name).removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
+    )
 
 
 def _unwrapped(path: str) -> str:

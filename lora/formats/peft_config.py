@@ -1,4 +1,5 @@
-"""``adapter_config.json`` as PEFT 0.21 writes it: every field is honoured, without effect on the merged weight, or refused by name.
+"""``adapter_config.json`` as PEFT 0.21 writes it: every field is honoured, without effect on the merged weight, or
+refused by name.
 
 Meaning of the fields: https://huggingface.co/docs/peft/package_reference/lora
 """
@@ -100,18 +101,25 @@ def read_config(path: Path) -> PeftConfig:
     try:
         return parse_config(path, path.read_bytes())
     except FileNotFoundError as error:
-        raise AdapterError(f"{path}: no such file; expected a PEFT adapter (adapter_config.json and adapter_model.safetensors)") from error
+        raise AdapterError(
+            f"{path}: no such file; expected a PEFT adapter (adapter_config.json and adapter_model.safetensors)"
+        ) from error
     except OSError as error:
         raise AdapterError(f"{path}: can't be read ({error.strerror})") from error
 
 
 def parse_config(path: Path, content: bytes) -> PeftConfig:
-    """Check the JSON ``content``, found in the file ``path``. Raises AdapterError naming the field that can't be honoured."""
+    """Check the JSON ``content``, found in the file ``path``.
+
+    Raises AdapterError naming the field that can't be honoured.
+    """
     try:
         fields = msgspec.json.decode(content, type=dict[str, Any])
         config = msgspec.json.decode(content, type=PeftConfig)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: not a PEFT LoRA configuration ({error}); save the adapter again with save_pretrained") from error
+        raise AdapterError(
+            f"{path}: not a PEFT LoRA configuration ({error}); save the adapter again with save_pretrained"
+        ) from error
     _refuse_other_maths(path, fields)
     _refuse_bad_values(path, config)
     return config
@@ -126,7 +134,10 @@ def _refuse_other_maths(path: Path, fields: dict[str, Any]) -> None:
     known = WITHOUT_EFFECT | NOT_MERGEABLE.keys() | INIT_SETTINGS | set(PeftConfig.__struct_fields__)
     for name in sorted(fields.keys() - known):
         if fields[name] not in (None, False, [], {}):
-            raise AdapterError(f"{path}: field '{name}' is not known, so the merge might ignore what it does; remove it if it has no effect")
+            raise AdapterError(
+                f"{path}: field '{name}' is not known, so the merge might ignore what it does; remove it if it has no"
+                " effect"
+            )
 
 
 def _refuse_bad_values(path: Path, config: PeftConfig) -> None:
@@ -138,7 +149,8 @@ def _refuse_bad_values(path: Path, config: PeftConfig) -> None:
         )
     if init not in PLAIN_INITS:
         raise AdapterError(
-            f"{path}: field 'init_lora_weights' is {init!r}, which is not known and may change the base; expected one of {', '.join(PLAIN_INITS)}"
+            f"{path}: field 'init_lora_weights' is {init!r}, which is not known and may change the base; expected one"
+            f" of {', '.join(PLAIN_INITS)}"
         )
     ranks = {"r": config.r, **(config.rank_pattern or {})}
     for name, rank in ranks.items():
@@ -158,11 +170,19 @@ def _refuse_bad_values(path: Path, config: PeftConfig) -> None:
 
 
 def _by_pattern(patterns: dict[str, Number], module: str, default: Number) -> Number:
-    """The value of the first pattern that matches the whole module path or a dotted suffix of it. A pattern of a stranger may take forever."""
+    """The value of the first pattern that matches the whole module path or a dotted suffix of it.
+
+    A pattern of a stranger may take forever.
+    """
     try:
-        matches = (value for pattern, value in patterns.items() if regex.match(rf"(.*\.)?({pattern})$", module, timeout=MATCH_SECONDS))
+        matches = (
+            value
+            for pattern, value in patterns.items()
+            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=MATCH_SECONDS)
+        )
         return next(matches, default)
     except TimeoutError as error:
         raise AdapterError(
-            f"a pattern of rank_pattern or alpha_pattern takes longer than {MATCH_SECONDS:g} s to match with '{module}'; write it without nested repetition"
+            f"a pattern of rank_pattern or alpha_pattern takes longer than {MATCH_SECONDS:g} s to match with"
+            f" '{module}'; write it without nested repetition"
         ) from error

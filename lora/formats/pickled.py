@@ -1,4 +1,5 @@
-"""Torch state dicts (``.bin``, ``.ckpt``, ``.pt``): pickles, which can run code unless torch's restricted reader opens them.
+"""Torch state dicts (``.bin``, ``.ckpt``, ``.pt``): pickles, which can run code unless torch's restricted reader opens
+them.
 
 The only module here that imports torch, and only when such a file is read.
 """
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from lora.errors import AdapterError
-from lora.tensorfile import Array, numpy_dtype
+from lora.files.tensorfile import Array, numpy_dtype
 
-# Before it, the restricted reader could be made to run code: CVE-2025-32434 (mended in 2.6) and CVE-2026-24747 (in 2.10).
+# Before it, the restricted reader could be made to run code: CVE-2025-32434 (mended in 2.6) and CVE-2026-24747 (in
+# 2.10).
 SAFE_TORCH = (2, 10)
 
 
@@ -27,9 +29,12 @@ def read_pickle(path: Path) -> dict[str, Array]:
         raise AdapterError(f"{path}: no such file; expected a torch state dict")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes of anybody's making: what the readers of zip, tar and pickle raise on them is no short list
+    except (
+        Exception
+    ) as error:  # bytes of anybody's making: what the readers of zip, tar and pickle raise on them is no short list
         raise AdapterError(
-            f"{path}: damaged, or holds more than tensors, which could run code when read ({type(error).__name__}); save the state dict alone, as safetensors"
+            f"{path}: damaged, or holds more than tensors, which could run code when read ({type(error).__name__});"
+            " save the state dict alone, as safetensors"
         ) from error
     if not isinstance(state, dict) or not state:
         raise AdapterError(f"{path}: holds no tensors by name; save the state dict itself, as safetensors")
@@ -40,26 +45,38 @@ def _torch(path: Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise AdapterError(f"{path}: reading a torch file needs torch; install it, or convert the file to safetensors") from error
+        raise AdapterError(
+            f"{path}: reading a torch file needs torch; install it, or convert the file to safetensors"
+        ) from error
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) < SAFE_TORCH:
-        raise AdapterError(f"{path}: torch {torch.__version__} can be made to run code by such a file; update it to 2.10, or convert the file to safetensors")
+        raise AdapterError(
+            f"{path}: torch {torch.__version__} can be made to run code by such a file; update it to 2.10, or convert"
+            " the file to safetensors"
+        )
     return torch
 
 
 def _name(path: Path, name: Any) -> str:
     if not isinstance(name, str):
-        raise AdapterError(f"{path}: holds no tensors by name (a key is {name!r}); save the state dict itself, as safetensors")
+        raise AdapterError(
+            f"{path}: holds no tensors by name (a key is {name!r}); save the state dict itself, as safetensors"
+        )
     return name
 
 
 def _array(torch: Any, path: Path, name: str, value: Any) -> Array:
     """The tensor as numpy has it. Numpy lacks bfloat16: its bytes are taken over and given ml_dtypes' type."""
     if not isinstance(value, torch.Tensor):
-        raise AdapterError(f"{path}: '{name}' is a {type(value).__name__}, not a tensor; save the state dict alone, as safetensors")
+        raise AdapterError(
+            f"{path}: '{name}' is a {type(value).__name__}, not a tensor; save the state dict alone, as safetensors"
+        )
     values = value.detach()
     try:
         if values.dtype == torch.bfloat16:
             return np.asarray(values.view(torch.int16).numpy().view(numpy_dtype("bfloat16")))
         return np.asarray(values.numpy())
     except (RuntimeError, TypeError) as error:  # sparse, quantised, without data
-        raise AdapterError(f"{path}: tensor '{name}' ({values.dtype}, {values.layout}) has no plain values; save the adapter in a dense float type") from error
+        raise AdapterError(
+            f"{path}: tensor '{name}' ({values.dtype}, {values.layout}) has no plain values; save the adapter in a"
+            " dense float type"
+        ) from error

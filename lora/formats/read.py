@@ -20,13 +20,15 @@ _COMPONENT = diffusers.COMPONENT.pattern
 # What a key of each format looks like; those that say nothing (a bias, an alpha) are for the format's reader to judge.
 KEYS: dict[Format, re.Pattern[str]] = {
     "PEFT": re.compile(r"base_model\.model\."),
-    "diffusers": re.compile(rf"{_COMPONENT}.*(\.lora_[AB]\.weight|\.(lora|lora_linear_layer|to_\w+_lora)\.(down|up)\.weight)$"),
+    "diffusers": re.compile(
+        rf"{_COMPONENT}.*(\.lora_[AB]\.weight|\.(lora|lora_linear_layer|to_\w+_lora)\.(down|up)\.weight)$"
+    ),
     "kohya": re.compile(r"lora_[a-z]+[0-9]*_[^.]*\."),
     "loralib": re.compile(r"(.*\.)?lora_[AB]$"),
 }
 UNDERSTOOD = (
-    f"a folder with {peft.CONFIG} (PEFT), {diffusers.WEIGHTS} or a file with keys such as unet.<module>.lora_A.weight (diffusers), "
-    "lora_unet_<module>.lora_down.weight (kohya) or <module>.lora_A (loralib)"
+    f"a folder with {peft.CONFIG} (PEFT), {diffusers.WEIGHTS} or a file with keys such as unet.<module>.lora_A.weight"
+    " (diffusers), lora_unet_<module>.lora_down.weight (kohya) or <module>.lora_A (loralib)"
 )
 TENSOR_SUFFIXES = (".safetensors", *PICKLES)
 
@@ -59,7 +61,8 @@ def read_adapter(path: Path, options: ReadOptions = ReadOptions()) -> Adapter:
     given = {field.name for field in fields(options) if getattr(options, field.name) is not None}
     if given - APPLIES[found]:
         raise AdapterError(
-            f"{path}: the option {min(given - APPLIES[found])} is not for a {found} adapter, which says it itself or has no use for it; leave it out"
+            f"{path}: the option {min(given - APPLIES[found])} is not for a {found} adapter, which says it itself or"
+            " has no use for it; leave it out"
         )
     match found:
         case "PEFT":
@@ -73,7 +76,9 @@ def read_adapter(path: Path, options: ReadOptions = ReadOptions()) -> Adapter:
 
 
 def _tensors_of(path: Path) -> Path:
-    """The file with the tensors: ``path``, or that folder's, by diffusers' name for it or as the only one. A PEFT folder is its own."""
+    """The file with the tensors: ``path``, or that folder's, by diffusers' name for it or as the only one. A PEFT
+    folder is its own.
+    """
     if not path.exists():
         raise AdapterError(f"{path}: no such file or folder; expected {UNDERSTOOD}")
     if path.is_file() or (path / peft.CONFIG).exists():
@@ -90,7 +95,9 @@ def _tensors_of(path: Path) -> Path:
 def _format(path: Path, file: Path) -> Format:
     if file.is_dir():
         if others := [name for name in (diffusers.WEIGHTS, diffusers.PICKLE) if (file / name).exists()]:
-            raise AdapterError(f"{path}: holds {peft.CONFIG} (PEFT) and {others[0]} (diffusers); give the one of the two that is meant")
+            raise AdapterError(
+                f"{path}: holds {peft.CONFIG} (PEFT) and {others[0]} (diffusers); give the one of the two that is meant"
+            )
         return "PEFT"
     names = open_factors(file)[0].names()
     found = [name for name, pattern in KEYS.items() if any(pattern.match(key) for key in names)]
@@ -98,5 +105,8 @@ def _format(path: Path, file: Path) -> Format:
         seen = f"keys of {' and '.join(found)}" if found else f"keys such as '{names[0]}'"
         raise AdapterError(f"{path}: holds {seen}; expected {UNDERSTOOD}")
     if found == ["PEFT"]:
-        raise AdapterError(f"{path}: holds the tensors of a PEFT adapter without their scaling; give the folder that has {peft.CONFIG} too")
+        raise AdapterError(
+            f"{path}: holds the tensors of a PEFT adapter without their scaling; give the folder that has"
+            f" {peft.CONFIG} too"
+        )
     return found[0]

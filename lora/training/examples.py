@@ -1,4 +1,6 @@
-"""Texts and what they should give, out of a file: CSV, JSON lines, parquet, or a folder that Hugging Face's datasets saved."""
+"""Texts and what they should give, out of a file: CSV, JSON lines, parquet, or a folder that Hugging Face's datasets
+saved.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LARGEST = 1e15  # of numbers that are learnt: the loss sums their squares in flo
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of the text and of the target are called; of a causal language model, the target is what follows the text."""
+    """What the columns of the text and of the target are called; of a causal language model, the target is what follows
+    the text.
+    """
 
     text: str = "text"
     target: str = "label"
@@ -27,7 +31,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their targets: a class's index, a number, or the text that follows ("" where a whole text is learnt)."""
+    """Texts with their targets: a class's index, a number, or the text that follows ("" to learn the whole text)."""
 
     texts: tuple[str, ...]
     targets: tuple[Any, ...]
@@ -38,30 +42,50 @@ class Examples:
 
     def chosen(self, indices: Sequence[int]) -> Examples:
         """Those examples."""
-        return Examples(tuple(self.texts[index] for index in indices), tuple(self.targets[index] for index in indices), self.labels)
+        return Examples(
+            tuple(self.texts[index] for index in indices), tuple(self.targets[index] for index in indices), self.labels
+        )
 
 
 def read_examples(path: Path, kind: Kind, columns: Columns, labels: Sequence[str] = ()) -> Examples:
     """Read the examples. ``labels`` are the classes, where another file has already said them.
 
-    Raises CheckpointError naming the file, and the row, where a file can't be read, is empty, lacks a column, or holds a text
-    that is none, a number that is none, or a class that ``labels`` lack.
+    Raises CheckpointError naming the file, and the row, where a file can't be read, is empty, lacks a column, or holds
+    a text that is none, a number that is none, or a class that ``labels`` lack.
     """
     table = _table(path)
     texts = _column(path, table, columns.text)
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip() or not _is_unicode(text):
-            raise CheckpointError(f"{path}: row {row + 1} has no text in column '{columns.text}' ({text!r:.40}); remove it, or name another column")
+            raise CheckpointError(
+                f"{path}: row {row + 1} has no text in column '{columns.text}' ({text!r:.40}); remove it, or name"
+                " another column"
+            )
     match kind:
         case "classification":
-            named = [_class_name(path, columns.target, row, value) for row, value in enumerate(_column(path, table, columns.target))]
+            named = [
+                _class_name(path, columns.target, row, value)
+                for row, value in enumerate(_column(path, table, columns.target))
+            ]
             classes = tuple(labels) or tuple(sorted(set(named)))
-            return Examples(tuple(texts), tuple(_index(path, columns.target, row, name, classes) for row, name in enumerate(named)), classes)
+            return Examples(
+                tuple(texts),
+                tuple(_index(path, columns.target, row, name, classes) for row, name in enumerate(named)),
+                classes,
+            )
         case "regression":
-            return Examples(tuple(texts), tuple(_number(path, columns.target, row, value) for row, value in enumerate(_column(path, table, columns.target))))
+            return Examples(
+                tuple(texts),
+                tuple(
+                    _number(path, columns.target, row, value)
+                    for row, value in enumerate(_column(path, table, columns.target))
+                ),
+            )
         case "causal-lm":
             following = _column(path, table, columns.target) if columns.target in table.names else [""] * len(texts)
-            return Examples(tuple(texts), tuple(_following(path, columns.target, row, value) for row, value in enumerate(following)))
+            return Examples(
+                tuple(texts), tuple(_following(path, columns.target, row, value) for row, value in enumerate(following))
+            )
 
 
 def held_out(examples: Examples, share: float, path: Path) -> tuple[Examples, Examples]:
@@ -69,7 +93,10 @@ def held_out(examples: Examples, share: float, path: Path) -> tuple[Examples, Ex
     order = sorted(range(len(examples)), key=lambda index: hashlib.sha256(examples.texts[index].encode()).digest())
     count = max(1, round(share * len(examples)))
     if count >= len(examples):
-        raise CheckpointError(f"{path}: {len(examples)} examples are too few to hold some out; give more, or another file with --validation")
+        raise CheckpointError(
+            f"{path}: {len(examples)} examples are too few to hold some out; give more, or another file with"
+            " --validation"
+        )
     return examples.chosen(sorted(order[count:])), examples.chosen(sorted(order[:count]))
 
 
@@ -84,7 +111,10 @@ class _Table:
 
 def _table(path: Path) -> _Table:
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file; give a .csv, .tsv, .jsonl, .json or .parquet file, or a folder of Hugging Face's datasets")
+        raise CheckpointError(
+            f"{path}: no such file; give a .csv, .tsv, .jsonl, .json or .parquet file, or a folder of Hugging Face's"
+            " datasets"
+        )
     read = _reader(path)
     try:
         table = read(path)
@@ -102,14 +132,18 @@ def _reader(path: Path) -> Callable[[Path], _Table]:
     if path.is_dir():
         return _from_datasets
     if path.suffix not in READERS:
-        raise CheckpointError(f"{path}: not a kind of file that is known; expected {', '.join(READERS)}, or a folder of Hugging Face's datasets")
+        raise CheckpointError(
+            f"{path}: not a kind of file that is known; expected {', '.join(READERS)}, or a folder of Hugging Face's"
+            " datasets"
+        )
     return READERS[path.suffix]
 
 
 def _from_csv(path: Path) -> _Table:
     import pandas
 
-    # The names as a row like the others: pandas takes the first column of rows with a field too many for their index, and
+    # The names as a row like the others: pandas takes the first column of rows with a field too many for their index,
+    # and
     # what has no name for no column. As strings: numbers would lose their zeros.
     separator = "\t" if path.suffix == ".tsv" else ","
     frame = pandas.read_csv(path, sep=separator, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
@@ -135,7 +169,10 @@ def _from_json(path: Path) -> _Table:
     if not isinstance(found, dict):
         return _of_rows(found)
     columns = {name: list(values.values()) if isinstance(values, dict) else values for name, values in found.items()}
-    if not all(isinstance(values, list) for values in columns.values()) or len({len(values) for values in columns.values()}) > 1:
+    if (
+        not all(isinstance(values, list) for values in columns.values())
+        or len({len(values) for values in columns.values()}) > 1
+    ):
         raise ValueError("expected a list of objects, or columns of one length")
     return _Table(tuple(columns), max(map(len, columns.values()), default=0), lambda name: columns[name])
 
@@ -176,7 +213,9 @@ READERS: dict[str, Callable[[Path], _Table]] = {
 
 def _column(path: Path, table: _Table, name: str) -> list[Any]:
     if name not in table.names:
-        raise CheckpointError(f"{path}: has no column '{name}'; it has {', '.join(table.names)}; name one with --text or --target")
+        raise CheckpointError(
+            f"{path}: has no column '{name}'; it has {', '.join(table.names)}; name one with --text or --target"
+        )
     if table.names.count(name) > 1:
         raise CheckpointError(f"{path}: has {table.names.count(name)} columns '{name}'; rename all but one")
     return table.column(name)
@@ -194,20 +233,27 @@ def _is_missing(value: Any) -> bool:
 
 def _following(path: Path, column: str, row: int, value: Any) -> str:
     if _is_missing(value) or not _is_unicode(str(value)):
-        raise CheckpointError(f"{path}: row {row + 1} has no text in column '{column}' ({value!r:.40}); remove it, or give the text that follows")
+        raise CheckpointError(
+            f"{path}: row {row + 1} has no text in column '{column}' ({value!r:.40}); remove it, or give the text that"
+            " follows"
+        )
     return str(value)
 
 
 def _class_name(path: Path, column: str, row: int, value: Any) -> str:
     name = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
     if _is_missing(value) or not name or not _is_unicode(name):
-        raise CheckpointError(f"{path}: row {row + 1} has no class in column '{column}'; remove it, or name another column")
+        raise CheckpointError(
+            f"{path}: row {row + 1} has no class in column '{column}'; remove it, or name another column"
+        )
     return name
 
 
 def _index(path: Path, column: str, row: int, name: str, classes: Sequence[str]) -> int:
     if name not in classes:
-        raise CheckpointError(f"{path}: row {row + 1} is of the class '{name}' (column '{column}'), which is none of {', '.join(classes)}")
+        raise CheckpointError(
+            f"{path}: row {row + 1} is of the class '{name}' (column '{column}'), which is none of {', '.join(classes)}"
+        )
     return classes.index(name)
 
 
@@ -217,7 +263,13 @@ def _number(path: Path, column: str, row: int, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise CheckpointError(f"{path}: row {row + 1} has no number in column '{column}' ({value!r:.40}); remove it, or name another column")
+        raise CheckpointError(
+            f"{path}: row {row + 1} has no number in column '{column}' ({value!r:.40}); remove it, or name another"
+            " column"
+        )
     if abs(number) > LARGEST:
-        raise CheckpointError(f"{path}: row {row + 1} has {number:g} in column '{column}', more than {LARGEST:g}; write the numbers in a larger unit")
+        raise CheckpointError(
+            f"{path}: row {row + 1} has {number:g} in column '{column}', more than {LARGEST:g}; write the numbers in a"
+            " larger unit"
+        )
     return number

@@ -15,14 +15,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lora.bases.checkpoint import fingerprint
-from lora.durable import flush
 from lora.errors import AdapterError
-from lora.saving import save
-from lora.terminal import Step
-from lora.training.baselines import linear_probe, majority, metric_of
+from lora.files.durable import flush
+from lora.modules.peft_files import save
+from lora.progress import Progress
 from lora.training.curve import draw
 from lora.training.examples import Columns, Examples, Kind, held_out, read_examples
 from lora.training.learner import TASK_TYPES, DivergedError, Learner, Size, new_learner
+from lora.training.probe import linear_probe, majority, metric_of
 from lora.training.run import Outcome, Schedule, train
 
 RECORD, CURVE = "training.json", "loss.png"
@@ -46,9 +46,11 @@ class Course:
 
 @dataclass(frozen=True)
 class Trained:
-    """The adapter's folder and what came out, on validation examples: ``scores`` by majority, probe (or base) and adapter.
+    """The adapter's folder and what came out, on validation examples: ``scores`` by majority, probe (or base) and
+    adapter.
 
-    ``cut`` is how many texts had more tokens than ``longest``, which is fewer than asked for where the base takes fewer.
+    ``cut`` is how many texts had more tokens than ``longest``, which is fewer than asked for where the base takes
+    fewer.
     """
 
     folder: Path
@@ -63,8 +65,9 @@ class Trained:
     outcome: Outcome
 
 
-def finetune(course: Course, out: Path, step: Step) -> Trained:
-    """Train an adapter into ``out``, which must not exist: PEFT's two files, the record of the run, and the curve of its losses.
+def finetune(course: Course, out: Path, step: Progress) -> Trained:
+    """Train an adapter into ``out``, which must not exist: PEFT's two files, the record of the run, and the curve of
+    its losses.
 
     Checkpoints lie in a folder beside it, and are gone at the end; who is killed goes on when called again. Raises
     CheckpointError for a base or a file of examples, AdapterError for settings, a folder or a run that has diverged.
@@ -133,7 +136,9 @@ def _writing(out: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and TORCHS_WRITER not in str(error):
             raise
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise AdapterError(f"{out}: can't be written ({reason}); choose a folder that is yours, with room in it") from error
+        raise AdapterError(
+            f"{out}: can't be written ({reason}); choose a folder that is yours, with room in it"
+        ) from error
 
 
 def _read(course: Course) -> tuple[Examples, Examples | None]:
@@ -141,9 +146,14 @@ def _read(course: Course) -> tuple[Examples, Examples | None]:
     examples = read_examples(course.data, course.kind, course.columns)
     if course.kind == "classification" and len(examples.labels) < 2:
         raise AdapterError(
-            f"{course.data}: all rows are of the class '{examples.labels[0]}' in column '{course.columns.target}'; give examples of two at least"
+            f"{course.data}: all rows are of the class '{examples.labels[0]}' in column '{course.columns.target}'; give"
+            " examples of two at least"
         )
-    return examples, None if course.validation is None else read_examples(course.validation, course.kind, course.columns, examples.labels)
+    return examples, (
+        None
+        if course.validation is None
+        else read_examples(course.validation, course.kind, course.columns, examples.labels)
+    )
 
 
 def _split(course: Course, examples: Examples, others: Examples | None) -> tuple[Examples, Examples]:
@@ -153,23 +163,32 @@ def _split(course: Course, examples: Examples, others: Examples | None) -> tuple
     train_set, validation = held_out(examples, VALIDATION_SHARE, course.data)
     if course.kind == "classification" and len(set(train_set.targets)) < 2:
         raise AdapterError(
-            f"{course.data}: of {len(examples)} rows, {len(validation)} are held out, and the others are all of the class "
-            f"'{examples.labels[train_set.targets[0]]}'; give more examples, or another file with --validation"
+            f"{course.data}: of {len(examples)} rows, {len(validation)} are held out, and the others are all of the"
+            f" class '{examples.labels[train_set.targets[0]]}'; give more examples, or another file with --validation"
         )
     return train_set, validation
 
 
-def _baselines(course: Course, learner: Learner, train_set: Examples, validation: Examples, step: Step) -> dict[str, float]:
+def _baselines(
+    course: Course, learner: Learner, train_set: Examples, validation: Examples, step: Progress
+) -> dict[str, float]:
     if course.kind == "causal-lm":
         step("the base's own loss")
         return {"base": _base_loss(learner, validation, course.schedule.batch)}
     step("a linear probe")
     probe = linear_probe(course.base, learner.tokenizer, course.kind, train_set, validation, learner.longest)
-    return {"majority": majority(train_set, validation), "linear probe": probe} if course.kind == "classification" else {"linear probe": probe}
+    return (
+        {"majority": majority(train_set, validation), "linear probe": probe}
+        if course.kind == "classification"
+        else {"linear probe": probe}
+    )
 
 
 def _base_loss(learner: Learner, validation: Examples, batch: int) -> float:
-    """The loss as the Trainer's evaluation has it: a mean over tokens in each batch, and over examples of those. LoRA changes nothing yet."""
+    """The loss as the Trainer's evaluation has it: a mean over tokens in each batch, and over examples of those.
+
+    LoRA changes nothing yet.
+    """
     import numpy as np
     import torch
 

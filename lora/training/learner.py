@@ -16,13 +16,16 @@ import transformers
 from safetensors import SafetensorError
 
 from lora.errors import AdapterError, CheckpointError
-from lora.layers import Injection, inject
-from lora.positions import unused_positions
-from lora.projections import attention_targets
+from lora.modules.layers import Injection, inject
+from lora.modules.positions import unused_positions
+from lora.modules.projections import attention_targets
 from lora.training.examples import Examples, Kind
 
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-PEFTS_HEADS = ("classifier", "score")  # what the names of modules end in that PEFT trains whole, with the task type SEQ_CLS
+PEFTS_HEADS = (
+    "classifier",
+    "score",
+)  # what the names of modules end in that PEFT trains whole, with the task type SEQ_CLS
 IGNORED = -100  # the target of a token that is not learnt
 
 
@@ -52,7 +55,10 @@ class Learner:
 
     def cut(self, examples: Examples) -> int:
         """How many of the examples have more tokens than ``longest``."""
-        texts = [text + (target if self.kind == "causal-lm" else "") for text, target in zip(examples.texts, examples.targets, strict=True)]
+        texts = [
+            text + (target if self.kind == "causal-lm" else "")
+            for text, target in zip(examples.texts, examples.targets, strict=True)
+        ]
         return sum(len(ids) > self.longest for ids in self.tokenizer(texts)["input_ids"])
 
     def check(self, examples: Examples, path: Path) -> None:
@@ -62,7 +68,8 @@ class Learner:
         for row, feature in enumerate(self.features(examples)):
             if all(label == IGNORED for label in feature["labels"][1:]):  # the first is never foretold
                 raise CheckpointError(
-                    f"{path}: row {row + 1} has no token to be learnt among its first {self.longest}; shorten or remove its text, or raise --max-tokens"
+                    f"{path}: row {row + 1} has no token to be learnt among its first {self.longest}; shorten or remove"
+                    " its text, or raise --max-tokens"
                 )
 
     def _feature(self, text: str, target: Any) -> dict[str, Any]:
@@ -70,7 +77,11 @@ class Learner:
             return {**self.tokenizer(text, truncation=True, max_length=self.longest), "labels": target}
         # A prompt is not learnt, only what follows it; without one to follow, the whole text is.
         prompt = self.tokenizer(text)["input_ids"]
-        following = self.tokenizer(target, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id] if target else []
+        following = (
+            self.tokenizer(target, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+            if target
+            else []
+        )
         ids = (prompt + following)[: self.longest]
         learnt = [IGNORED] * len(prompt) + following if target else prompt
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": learnt[: self.longest]}
@@ -85,7 +96,8 @@ class Learner:
 def new_learner(base: Path, kind: Kind, labels: Sequence[str], size: Size, longest: int, seed: int) -> Learner:
     """The learner before its first step; the same seed gives the same.
 
-    Raises CheckpointError when the base can't be loaded for the task, AdapterError when the targets are none of its modules.
+    Raises CheckpointError when the base can't be loaded for the task, AdapterError when the targets are none of its
+    modules.
     """
     _be_quiet()
     transformers.set_seed(seed)
@@ -103,18 +115,29 @@ def _tokenizer(base: Path, kind: Kind) -> Any:
     files = getattr(tokenizer, "vocab_files_names", None)  # none of a tokenizer of bytes or characters
     names = {*files.values(), "tokenizer.json"} if files else set()
     if names and not any((base / name).is_file() for name in names):  # transformers makes one without a vocabulary
-        raise CheckpointError(f"{base}: has no tokenizer (one of {', '.join(sorted(names))}); save the base's own there with save_pretrained")
+        raise CheckpointError(
+            f"{base}: has no tokenizer (one of {', '.join(sorted(names))}); save the base's own there with"
+            " save_pretrained"
+        )
     if kind == "causal-lm" and tokenizer.eos_token_id is None:
-        raise CheckpointError(f"{base}: its tokenizer has no end of text, which a language model has to learn; add one to tokenizer_config.json")
+        raise CheckpointError(
+            f"{base}: its tokenizer has no end of text, which a language model has to learn; add one to"
+            " tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise CheckpointError(f"{base}: its tokenizer has neither padding nor an end of text, to fill a batch with; add one to tokenizer_config.json")
+            raise CheckpointError(
+                f"{base}: its tokenizer has neither padding nor an end of text, to fill a batch with; add one to"
+                " tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _most_tokens(model: Any, tokenizer: Any) -> int:
-    """How many tokens the model has positions for, RoBERTa's begin after its padding's, and its tokenizer says it takes."""
+    """How many tokens the model has positions for, RoBERTa's begin after its padding's, and its tokenizer says it
+    takes.
+    """
     positions, said = getattr(model.config, "max_position_embeddings", None) or 0, tokenizer.model_max_length or 0
     return min([*(int(most) for most in (positions - unused_positions(model), said) if most > 0), sys.maxsize])
 
@@ -124,12 +147,18 @@ def _model(base: Path, kind: Kind, labels: Sequence[str]) -> tuple[Any, tuple[st
     if kind == "causal-lm":
         model, info = _loaded(base, transformers.AutoModelForCausalLM, output_loading_info=True)
         if info["missing_keys"]:
-            raise CheckpointError(f"{base}: lacks {sorted(info['missing_keys'])[0]}; a language model's base has to be a language model")
+            raise CheckpointError(
+                f"{base}: lacks {sorted(info['missing_keys'])[0]}; a language model's base has to be a language model"
+            )
         return model, ()
     config = _loaded(base, transformers.AutoConfig)
     if config.is_encoder_decoder:
-        raise CheckpointError(f"{base}: an encoder with a decoder, which has no classes or numbers here; give an encoder, or a language model")
-    # Whatever the base was used for before; as attributes one by one, as together with the file's they may contradict each other.
+        raise CheckpointError(
+            f"{base}: an encoder with a decoder, which has no classes or numbers here; give an encoder, or a language"
+            " model"
+        )
+    # Whatever the base was used for before; as attributes one by one, as together with the file's they may contradict
+    # each other.
     config.problem_type = "single_label_classification" if kind == "classification" else "regression"
     config.num_labels = len(labels) or 1
     if labels:
@@ -146,9 +175,15 @@ def _heads(model: Any, new: set[str]) -> tuple[str, ...]:
 
     PEFT saves and loads such a module as a whole, so one below it must not be named instead.
     """
-    modules = {path: {f"{path}.{name}" for name, _ in module.named_parameters()} for path, module in model.named_modules() if path}
+    modules = {
+        path: {f"{path}.{name}" for name, _ in module.named_parameters()}
+        for path, module in model.named_modules()
+        if path
+    }
     whole = [path for path, held in modules.items() if held and (held <= new or path.endswith(PEFTS_HEADS))]
-    alone = [path for path in {name.rpartition(".")[0] for name in new} if path in modules and path not in whole]  # with parameters that the base has
+    alone = [
+        path for path in {name.rpartition(".")[0] for name in new} if path in modules and path not in whole
+    ]  # with parameters that the base has
     chosen = sorted({*whole, *alone})
     return tuple(path for path in chosen if not any(path.startswith(f"{other}.") for other in chosen))
 
@@ -159,7 +194,9 @@ def _loaded(base: Path, auto: Any, **options: Any) -> Any:
     try:
         return auto.from_pretrained(base, **options)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{base}: transformers can't load it for this task ({' '.join(str(error).split())[:160]})") from error
+        raise CheckpointError(
+            f"{base}: transformers can't load it for this task ({' '.join(str(error).split())[:160]})"
+        ) from error
 
 
 def _be_quiet() -> None:

@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 import transformers
 
-from lora.durable import flush
 from lora.errors import AdapterError
-from lora.tensorfile import Array
-from lora.training.baselines import judged
+from lora.files.durable import flush
+from lora.files.tensorfile import Array
 from lora.training.examples import Examples
 from lora.training.learner import Learner, check_finite
+from lora.training.probe import judged
 
-SETTINGS, STATE, WHOLE = "settings.json", "trainer_state.json", "whole"  # WHOLE marks a checkpoint that was written to its end
+SETTINGS, STATE, WHOLE = (
+    "settings.json",
+    "trainer_state.json",
+    "whole",
+)  # WHOLE marks a checkpoint that was written to its end
 Report = Callable[[str, float], None]  # what is being done, and the share of the steps that is
 
 
@@ -60,7 +64,15 @@ class Outcome:
     resumed: int  # the step that an earlier, killed run had reached
 
 
-def train(learner: Learner, schedule: Schedule, train_set: Examples, validation: Examples, base_sha256: str, work: Path, report: Report) -> Outcome:
+def train(
+    learner: Learner,
+    schedule: Schedule,
+    train_set: Examples,
+    validation: Examples,
+    base_sha256: str,
+    work: Path,
+    report: Report,
+) -> Outcome:
     """Train; at the end the learner's model is the best that the validation examples have seen.
 
     ``work`` holds the checkpoints: a run that finds one of the same settings goes on from it, and ends with the same
@@ -79,13 +91,23 @@ def train(learner: Learner, schedule: Schedule, train_set: Examples, validation:
         eval_dataset=learner.features(validation),
         data_collator=learner.collator(),
         compute_metrics=_metric(learner, validation) if learner.kind != "causal-lm" else None,
-        callbacks=[_Watch(report, planned), *([transformers.EarlyStoppingCallback(schedule.patience)] if schedule.patience else [])],
+        callbacks=[
+            _Watch(report, planned),
+            *([transformers.EarlyStoppingCallback(schedule.patience)] if schedule.patience else []),
+        ],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     found = trainer.evaluate()
     resumed = int(last.name.rpartition("-")[2]) if last else 0
-    return Outcome(found["eval_loss"], found.get("eval_metric"), _points(trainer.state.log_history), trainer.state.global_step, planned, resumed)
+    return Outcome(
+        found["eval_loss"],
+        found.get("eval_metric"),
+        _points(trainer.state.log_history),
+        trainer.state.global_step,
+        planned,
+        resumed,
+    )
 
 
 def _arguments(schedule: Schedule, work: Path, planned: int, ended: bool) -> Any:
@@ -156,15 +178,27 @@ class _Watch(transformers.TrainerCallback):
                 shutil.rmtree(other)
 
 
-def _claim(work: Path, learner: Learner, schedule: Schedule, train_set: Examples, validation: Examples, base_sha256: str) -> None:
+def _claim(
+    work: Path, learner: Learner, schedule: Schedule, train_set: Examples, validation: Examples, base_sha256: str
+) -> None:
     """Make the folder this run's, or see that it is."""
     data = hashlib.sha256(repr((train_set, validation)).encode()).hexdigest()
     config = hashlib.sha256(learner.model.config.to_json_string().encode()).hexdigest()
-    run = {"data": data, "base": base_sha256, "config": config, "longest": learner.longest, **asdict(learner.injection), **asdict(schedule)}
+    run = {
+        "data": data,
+        "base": base_sha256,
+        "config": config,
+        "longest": learner.longest,
+        **asdict(learner.injection),
+        **asdict(schedule),
+    }
     settings = json.dumps(run, indent=1)
     kept = work / SETTINGS
     if kept.exists() and kept.read_text() != settings:
-        raise AdapterError(f"{work}: holds a run with another base, other data or settings that did not end; repeat those, or remove the folder")
+        raise AdapterError(
+            f"{work}: holds a run with another base, other data or settings that did not end; repeat those, or remove"
+            " the folder"
+        )
     work.mkdir(parents=True, exist_ok=True)
     kept.write_text(settings)
 
@@ -181,7 +215,9 @@ def _last_whole(work: Path) -> Path | None:
 
 
 def _point_to_best(checkpoint: Path) -> None:
-    """Have it name the best one where that lies now: the folder may have been moved, or the working directory be another."""
+    """Have it name the best one where that lies now: the folder may have been moved, or the working directory be
+    another.
+    """
     state, written = _state(checkpoint), checkpoint / f"{STATE}.new"
     if state.best_global_step:
         state.best_model_checkpoint = str(checkpoint.with_name(f"checkpoint-{state.best_global_step}"))

@@ -10,13 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engines.cli
+import engines.commands.main
 from engines.backends import BuildOptions
-from engines.build import build
+from engines.building.build import build
 from exporter.bundle.manifest import Bundle
-from lora.tensorfile import Array
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for command
+from lora.files.tensorfile import Array
 
 
 @pytest.fixture
@@ -61,7 +59,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     def run(*arguments: str | Path) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["lorafuse", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            engines.cli.main()
+            engines.commands.main.main()
         return end.value.code, capsys.readouterr().out
 
     return run

@@ -1,4 +1,7 @@
-"""What only a device can show. ``scripts/gpu-check`` runs these on the first machine that has one; elsewhere they are skipped with the reason."""
+"""What only a device can show.
+
+``scripts/gpu-check`` runs these on the first machine that has one; elsewhere they are skipped with the reason.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,19 @@ import pytest
 
 import engines
 from engines.backends import BACKENDS, BackendName, BuildOptions, backend
-from engines.build import build, build_unadapted
-from engines.compared import compared
-from engines.inputs import random_inputs, sizes
+from engines.building.build import build, build_unadapted
+from engines.building.layer_diff import compared
+from engines.building.refit_proof import prove
+from engines.feeds.inputs import random_inputs, sizes
+from engines.latency.arm_engines import opener
 from engines.latency.arms import arms_of
 from engines.latency.harness import Protocol
-from engines.latency.openers import opener
+from engines.latency.price import price
 from engines.latency.report import Load
 from engines.latency.run import run
-from engines.price import price
-from engines.proof import prove
 from exporter.bundle.manifest import Bundle, open_bundle
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 pytestmark = pytest.mark.gpu
 FLAVOURS: tuple[BackendName, ...] = ("tensorrt", "tensorrt-rtx")
@@ -32,7 +35,9 @@ SHAPES = ((1, 1), (1, 16), (3, 7))
 CLOSE = 2e-3  # of the largest output: TF32 products
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "onnxruntime"])  # which runs on the CPU, and is what the others are compared with
+@pytest.fixture(
+    params=[name for name in BACKENDS if name != "onnxruntime"]
+)  # which runs on the CPU, and is what the others are compared with
 def name(request: pytest.FixtureRequest) -> BackendName:
     try:
         from engines.backends.tensorrt.cuda import require_device
@@ -103,12 +108,17 @@ def test_contexts_over_one_engine_answer_alike(built: Path, flavour: BackendName
 def test_an_engine_that_was_built_for_no_such_shape_refuses_it(built: Path, flavour: BackendName):
     bundle = open_bundle(built)
     long = random_inputs(bundle.graph(bundle.task("first")), 9, sizes(1, 4000), seed=0)
-    with engines.load(built, "first", flavour) as session, pytest.raises(EngineError, match=r"no optimization profile of this engine takes .*1x4000"):
+    with (
+        engines.load(built, "first", flavour) as session,
+        pytest.raises(EngineError, match=r"no optimization profile of this engine takes .*1x4000"),
+    ):
         session.run(long)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage " * 50, None], ids=["empty", "garbage", "truncated"])
-def test_a_plan_that_is_none_is_refused_in_one_line(built: Path, flavour: BackendName, content: bytes | None, tmp_path: Path):
+def test_a_plan_that_is_none_is_refused_in_one_line(
+    built: Path, flavour: BackendName, content: bytes | None, tmp_path: Path
+):
     bundle = open_bundle(built)
     whole = bundle.checked(bundle.task("first").engines[flavour].file).read_bytes()
     (tmp_path / "plan").write_bytes(whole[: len(whole) // 2] if content is None else content)
@@ -161,7 +171,11 @@ def test_a_tasks_latency_is_measured_with_the_devices_own_times(built: Path, fla
         arms = arms_of(bundle, "first", opens, ["adapter-h"])
         [report] = run(bundle, "first", arms, [load], Protocol(5.0), 1)
     [point] = report.points
-    assert [times.arm for times in point.device] == [reading.arm for reading in point.readings] == ["base", "base again", "merged", "unmerged", "adapter-h"]
+    assert (
+        [times.arm for times in point.device]
+        == [reading.arm for reading in point.readings]
+        == ["base", "base again", "merged", "unmerged", "adapter-h"]
+    )
     for times in point.device:
         assert 0 < times.engine < point.reading(times.arm).p50 * 10
         assert min(times.copies_there, times.copies_back) > 0

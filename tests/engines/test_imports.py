@@ -24,7 +24,7 @@ exported = export_task(Request(Path(sys.argv[1]), Path(sys.argv[2]), "second"), 
 assert not exported.traced
 """
 HELP = """
-from engines.cli import app
+from engines.commands.main import app
 app(["--help"], standalone_mode=False)
 """
 

@@ -16,16 +16,16 @@ import transformers
 
 from engines import load
 from engines.backends import BuildOptions
-from engines.build import build
-from engines.generate import greedy, stop_tokens
-from engines.inputs import empty_cache, random_inputs, sizes
-from engines.text import TextEncoder
+from engines.building.build import build
+from engines.feeds.generate import greedy, stop_tokens
+from engines.feeds.inputs import empty_cache, random_inputs, sizes
+from engines.feeds.text import TextEncoder
 from exporter.bundle.manifest import Bundle
 from exporter.task import Request, export_task
 from lora.errors import BundleError, EngineError
 
 COMMAND = Path(sys.executable).with_name("lorafuse")
-EXAMPLE = Path(__file__).resolve().parents[2] / "scripts" / "example_serving"
+EXAMPLE = Path(__file__).resolve().parents[2] / "scripts" / "examples" / "serving.py"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 PROMPT = "a small wild cat is"
 
@@ -41,10 +41,14 @@ def language(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundl
     """A tiny Llama with MiniLM's real tokenizer, and an adapter of it."""
     folder = tmp_path_factory.mktemp("language")
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=30522, **SMALL, initializer_range=0.3, max_position_embeddings=128))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=30522, **SMALL, initializer_range=0.3, max_position_embeddings=128)
+    )
     model.save_pretrained(folder / "base")
     shutil.copyfile(real_base / "tokenizer.json", folder / "base" / "tokenizer.json")
-    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).save_pretrained(folder / "adapter")
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).save_pretrained(
+        folder / "adapter"
+    )
     return export_task(Request(folder / "base", folder / "adapter", "chat"), folder / "bundle").bundle
 
 
@@ -52,15 +56,23 @@ def language(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 def images(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("images")
     torch.manual_seed(0)
-    model = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=32, patch_size=8, num_labels=3))
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**SMALL, image_size=32, patch_size=8, num_labels=3)
+    )
     model.save_pretrained(folder / "base")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], init_lora_weights=False
+    )
     peft.get_peft_model(model, config).save_pretrained(folder / "adapter")
-    return export_task(Request(folder / "base", folder / "adapter", "shapes", ("circle", "square", "star")), folder / "bundle").bundle
+    return export_task(
+        Request(folder / "base", folder / "adapter", "shapes", ("circle", "square", "star")), folder / "bundle"
+    ).bundle
 
 
 def test_a_text_is_completed_within_what_the_base_takes(language: Bundle):
-    """128 positions: a prompt that leaves room for some tokens gets those, one that leaves none is refused, as is one without tokens."""
+    """128 positions: a prompt that leaves room for some tokens gets those, one that leaves none is refused, as is one
+    without tokens.
+    """
     long = "a " * 120
     (made,) = json.loads(lorafuse("run", language.path, "--task", "chat", "--text", long, "--tokens", "64", "--json"))
     assert 0 < len(made["tokens"]) <= 6
@@ -78,14 +90,28 @@ def test_run_completes_a_text(language: Bundle):
     assert made == {"text": PROMPT, "completion": completion, "tokens": tokens}
     assert completion.startswith(" ")
     assert len(tokens) == 5
-    assert lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5") == f"{PROMPT}{completion}\n"
+    assert (
+        lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5") == f"{PROMPT}{completion}\n"
+    )
 
 
 @pytest.mark.parametrize("mode", ["dedicated", "resident"])
 def test_the_example_generates_what_the_command_does(language: Bundle, mode: str):
     (prompt,) = TextEncoder(language).encode([PROMPT], language.graph(language.task("chat")))["input_ids"].tolist()
     (made,) = json.loads(lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5", "--json"))
-    command = [sys.executable, EXAMPLE, language.path, "--task", "chat", "--ids", ",".join(map(str, prompt)), "--tokens", "5", "--mode", mode]
+    command = [
+        sys.executable,
+        EXAMPLE,
+        language.path,
+        "--task",
+        "chat",
+        "--ids",
+        ",".join(map(str, prompt)),
+        "--tokens",
+        "5",
+        "--mode",
+        mode,
+    ]
     assert subprocess.check_output(command, text=True) == ",".join(map(str, made["tokens"])) + "\n"
 
 
@@ -103,13 +129,22 @@ def test_verify_holds_the_task_to_its_formula(request: pytest.FixtureRequest, ki
     (task,) = bundle.manifest.tasks
     result = json.loads(lorafuse("verify", bundle.path, "--task", task, "--json"))
     assert result["passed"]
-    assert [stage["name"] for stage in result["stages"]] == ["stored weights", "merged torch", "ONNX graph", "engine onnxruntime"]
+    assert [stage["name"] for stage in result["stages"]] == [
+        "stored weights",
+        "merged torch",
+        "ONNX graph",
+        "engine onnxruntime",
+    ]
 
 
 def test_a_model_of_images_takes_no_texts(images: Bundle, tmp_path: Path):
     (tmp_path / "texts").write_text("a text\n")
-    assert "task 'shapes' takes no text; leave --texts out" in lorafuse("verify", images.path, "--task", "shapes", "--texts", tmp_path / "texts", status=3)
-    assert "task 'shapes' is of type IMAGE_CLS and generates no tokens" in lorafuse("run", images.path, "--task", "shapes", "--text", "x", status=3)
+    assert "task 'shapes' takes no text; leave --texts out" in lorafuse(
+        "verify", images.path, "--task", "shapes", "--texts", tmp_path / "texts", status=3
+    )
+    assert "task 'shapes' is of type IMAGE_CLS and generates no tokens" in lorafuse(
+        "run", images.path, "--task", "shapes", "--text", "x", status=3
+    )
 
 
 def test_text_needs_the_bases_tokenizer(images: Bundle):
@@ -117,17 +152,41 @@ def test_text_needs_the_bases_tokenizer(images: Bundle):
         TextEncoder(images)
 
 
-@pytest.mark.parametrize(("kind", "task", "loads"), [("language", "chat", [(8, 0, 0), (1, 8, 0), (8, 0, 3)]), ("images", "shapes", [(8, 0, 0)])])
-def test_bench_times_a_decoders_prompt_and_tokens_and_a_model_of_images(request: pytest.FixtureRequest, kind: str, task: str, loads: list[tuple[int, ...]]):
+@pytest.mark.parametrize(
+    ("kind", "task", "loads"),
+    [("language", "chat", [(8, 0, 0), (1, 8, 0), (8, 0, 3)]), ("images", "shapes", [(8, 0, 0)])],
+)
+def test_bench_times_a_decoders_prompt_and_tokens_and_a_model_of_images(
+    request: pytest.FixtureRequest, kind: str, task: str, loads: list[tuple[int, ...]]
+):
     tokens = ["--tokens", "3"] if kind == "language" else []
     path = request.getfixturevalue(kind).path
     done = subprocess.run(
-        [COMMAND, "bench", path, "--task", task, "--length", "8", *tokens, "--seconds", "0", "--margin", "900%", "--json"], capture_output=True, text=True
+        [
+            COMMAND,
+            "bench",
+            path,
+            "--task",
+            task,
+            "--length",
+            "8",
+            *tokens,
+            "--seconds",
+            "0",
+            "--margin",
+            "900%",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
     )
     assert done.stderr == ""
     points = json.loads(done.stdout)["points"]
     assert [(point["load"]["length"], point["load"]["past"], point["load"]["tokens"]) for point in points] == loads
-    assert all([reading["arm"] for reading in point["readings"]] == ["base", "base again", "merged", "unmerged"] for point in points)
+    assert all(
+        [reading["arm"] for reading in point["readings"]] == ["base", "base again", "merged", "unmerged"]
+        for point in points
+    )
 
 
 @pytest.mark.parametrize("kind", ["language", "images"])

@@ -16,9 +16,7 @@ import pytest
 
 from exporter.bundle.manifest import all_files, open_bundle
 from lora.errors import LorafuseError
-from lora.tensorfile import Array
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for tiny_models
+from lora.files.tensorfile import Array
 
 Snapshot = Callable[[Path], dict[str, str]]
 Refuses = Callable[..., AbstractContextManager[None]]
@@ -30,7 +28,11 @@ SHAPES = [(1, 1), (3, 7), (1, 48), (5, 20)]
 @pytest.fixture(scope="session")
 def snapshot() -> Snapshot:
     """Every file below a folder, with the hash of its bytes."""
-    return lambda folder: {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return lambda folder: {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,9 @@ def check_files() -> Callable[[Path], None]:
 
 @pytest.fixture
 def refuses(tiny_copy: Path, snapshot: Snapshot) -> Refuses:
-    """The block must raise ``error`` in one line that holds all ``words``, leave ``tiny_copy`` as it was, and no staging folder."""
+    """The block must raise ``error`` in one line that holds all ``words``, leave ``tiny_copy`` as it was, and no
+    staging folder.
+    """
 
     @contextmanager
     def check(error: type[LorafuseError], *words: str) -> Iterator[None]:
@@ -105,7 +109,11 @@ def killed_at_every_step(tmp_path: Path) -> Callable[..., list[Path]]:
 
     def run(program: str, *arguments: object) -> list[Path]:
         out = tmp_path / "killed"
-        subprocess.run([sys.executable, "-c", program + KILL_AT_EVERY_STEP, out, *map(os.fspath, arguments)], check=True, timeout=300)
+        subprocess.run(
+            [sys.executable, "-c", program + KILL_AT_EVERY_STEP, out, *map(os.fspath, arguments)],
+            check=True,
+            timeout=300,
+        )
         return [folder / "bundle" for folder in sorted(out.iterdir())]
 
     return run
@@ -119,7 +127,11 @@ def token_ids() -> Callable[..., dict[str, Array]]:
         random = np.random.default_rng(seed)
         mask = np.ones(shape, np.int64)
         mask[-1, shape[1] - shape[1] // 4 :] = 0
-        return {"input_ids": random.integers(0, 30522, shape), "attention_mask": mask, "token_type_ids": random.integers(0, 2, shape)}
+        return {
+            "input_ids": random.integers(0, 30522, shape),
+            "attention_mask": mask,
+            "token_type_ids": random.integers(0, 2, shape),
+        }
 
     return make
 

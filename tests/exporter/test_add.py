@@ -15,16 +15,16 @@ import pytest
 import transformers
 
 from engines import load
-from engines.serving import Mode, open_runtime
+from engines.serving.runtime import Mode, open_runtime
 from exporter.bundle.changes import merged_at_load
 from exporter.bundle.check import check_bundle
+from exporter.bundle.edits import remove_task
 from exporter.bundle.listing import listing
 from exporter.bundle.manifest import Bundle, Store, open_bundle
-from exporter.bundle.remove import remove_task
+from exporter.proof.verify import verify
 from exporter.task import Request, add_task, export_task
-from exporter.verify import verify
 from lora.errors import AdapterError, BundleError, ExportError
-from lora.tensorfile import Array, TensorFile
+from lora.files.tensorfile import Array, TensorFile
 
 
 def outputs(bundle: Path, task: str, inputs: dict[str, Array]) -> Array:
@@ -32,11 +32,16 @@ def outputs(bundle: Path, task: str, inputs: dict[str, Array]) -> Array:
         return session.run(inputs)["logits"]
 
 
-def test_it_gives_the_files_that_an_export_from_the_base_gives(tiny_copy: Path, tiny_base: Path, write_adapter, tmp_path: Path):
+def test_it_gives_the_files_that_an_export_from_the_base_gives(
+    tiny_copy: Path, tiny_base: Path, write_adapter, tmp_path: Path
+):
     adapter, other = write_adapter(seed=1), Path(shutil.copytree(tiny_copy, tmp_path / "other"))
     added = add_task(tiny_copy, adapter, "second", ("no", "yes"))
     assert not added.traced
-    assert added.bundle.manifest == export_task(Request(tiny_base, adapter, "second", ("no", "yes")), other).bundle.manifest
+    assert (
+        added.bundle.manifest
+        == export_task(Request(tiny_base, adapter, "second", ("no", "yes")), other).bundle.manifest
+    )
     assert check_bundle(tiny_copy) == []
 
 
@@ -49,7 +54,9 @@ from exporter.task import add_task
 add_task(Path(sys.argv[1]), Path(sys.argv[2]), "second")
 print(sorted({"torch", "transformers"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", program, tiny_copy, write_adapter(seed=1)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tiny_copy, write_adapter(seed=1)], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"
 
 
@@ -77,10 +84,16 @@ def flip_the_last_byte(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [(flip_the_last_byte, "SHA-256"), (lambda path: path.write_bytes(path.read_bytes()[:-8]), "bytes, but the manifest says"), (Path.unlink, "missing")],
+    [
+        (flip_the_last_byte, "SHA-256"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-8]), "bytes, but the manifest says"),
+        (Path.unlink, "missing"),
+    ],
     ids=["a flipped byte", "truncated", "missing"],
 )
-def test_damaged_base_weights_are_found_before_anything_changes(tiny_copy: Path, write_adapter, refuses, change, word: str):
+def test_damaged_base_weights_are_found_before_anything_changes(
+    tiny_copy: Path, write_adapter, refuses, change, word: str
+):
     adapter = write_adapter(seed=1)
     change(tiny_copy / open_bundle(tiny_copy).manifest.base.weights[0].path)
     with refuses(BundleError, "base-", word):
@@ -94,7 +107,9 @@ def test_a_graph_that_is_damaged_is_not_taken_for_another_task(tiny_copy: Path, 
         add_task(tiny_copy, adapter, "second")
 
 
-def test_killed_at_any_step_the_bundle_is_the_old_or_the_new_one(tiny_copy: Path, write_adapter, killed_at_every_step, check_files):
+def test_killed_at_any_step_the_bundle_is_the_old_or_the_new_one(
+    tiny_copy: Path, write_adapter, killed_at_every_step, check_files
+):
     program = f"""
 from shutil import copytree
 from exporter.task import add_task
@@ -127,13 +142,22 @@ def test_factors_are_merged_into_the_numbers_that_a_dense_task_has(stored_both_w
     assert len(merged) == 4
     assert all(np.array_equal(values, dense[f"{name}@1,0"].T) for name, values in merged.items())
     assert merged_at_load(bundle, "dense") == {}
-    np.testing.assert_array_equal(outputs(stored_both_ways, "factors", token_ids()), outputs(stored_both_ways, "dense", token_ids()))
-    assert np.abs(outputs(stored_both_ways, "factors", token_ids()) - outputs(stored_both_ways, "first", token_ids())).max() > 0.01
+    np.testing.assert_array_equal(
+        outputs(stored_both_ways, "factors", token_ids()), outputs(stored_both_ways, "dense", token_ids())
+    )
+    assert (
+        np.abs(
+            outputs(stored_both_ways, "factors", token_ids()) - outputs(stored_both_ways, "first", token_ids())
+        ).max()
+        > 0.01
+    )
 
 
 def test_a_task_stored_as_factors_is_verified_like_another(stored_both_ways: Path, token_ids):
     bundle = open_bundle(stored_both_ways)
-    result = verify(bundle, "factors", [token_ids()], {"engine": lambda inputs: outputs(stored_both_ways, "factors", dict(inputs))})
+    result = verify(
+        bundle, "factors", [token_ids()], {"engine": lambda inputs: outputs(stored_both_ways, "factors", dict(inputs))}
+    )
     assert result.passed
     assert [stage.name for stage in result.stages if stage.passed] == ["stored weights", "merged torch", "engine"]
 
@@ -141,7 +165,9 @@ def test_a_task_stored_as_factors_is_verified_like_another(stored_both_ways: Pat
 def test_an_engine_that_leaves_the_factors_out_is_not_within_the_bound(stored_both_ways: Path, token_ids):
     bundle = open_bundle(stored_both_ways)
     plain = onnxruntime.InferenceSession(stored_both_ways / bundle.task("factors").model.path)
-    assert not verify(bundle, "factors", [token_ids()], {"engine": lambda inputs: plain.run(None, dict(inputs))[0]}).passed
+    assert not verify(
+        bundle, "factors", [token_ids()], {"engine": lambda inputs: plain.run(None, dict(inputs))[0]}
+    ).passed
 
 
 # --- The base itself, and graphs that tasks share --------------------------------------------------------------------
@@ -172,12 +198,18 @@ def test_the_base_as_a_task_is_the_base(headed: Path, token_ids):
     assert verify(bundle, "unadapted", [token_ids()], {}).passed
 
 
-def test_the_bases_own_head_comes_with_the_first_task_that_needs_it(headed: Path, write_adapter, token_ids, tmp_path: Path):
+def test_the_bases_own_head_comes_with_the_first_task_that_needs_it(
+    headed: Path, write_adapter, token_ids, tmp_path: Path
+):
     """The first task brings a head, so that the bundle has none of the base's."""
     base, out = headed.parent / "headed", tmp_path / "late"
     first = export_task(Request(base, write_adapter("with-head"), "first"), out)
     with pytest.raises(
-        ExportError, match=r"weight 'classifier\.\w+' .* is neither in the base nor in the adapter; export the task from a checkpoint that has it"
+        ExportError,
+        match=(
+            r"weight 'classifier\.\w+' .* is neither in the base nor in the adapter; export the task from a checkpoint"
+            r" that has it"
+        ),
     ):
         add_task(out, without_head(write_adapter, "a", 0), "a")
     unadapted = export_task(Request(base, None, "unadapted"), out)
@@ -213,11 +245,15 @@ def test_a_graph_that_several_tasks_share_counts_for_none_of_them(headed: Path, 
         add_task(headed, without_head(write_adapter, name, seed), name, store="factors")
     manifest = open_bundle(headed).manifest
     sizes = {task.task: task.size for task in listing(manifest)}
-    assert sizes == {"unadapted": 0} | {name: sum(file.size for file in manifest.tasks[name].adapter) for name in ("a", "b")}
+    assert sizes == {"unadapted": 0} | {
+        name: sum(file.size for file in manifest.tasks[name].adapter) for name in ("a", "b")
+    }
 
 
 def test_labels_for_a_model_without_classes_are_refused(tiny_base: Path, tmp_path: Path):
-    with pytest.raises(ExportError, match=r"a FEATURE_EXTRACTION model has no classes, but labels were given; leave them out"):
+    with pytest.raises(
+        ExportError, match=r"a FEATURE_EXTRACTION model has no classes, but labels were given; leave them out"
+    ):
         export_task(Request(tiny_base, None, "embeddings", ("a", "b")), tmp_path / "bundle")
 
 
@@ -225,7 +261,8 @@ def test_a_manifest_says_how_a_task_is_stored(tiny_bundle: Bundle):
     assert msgspec.to_builtins(tiny_bundle.task("first"))["store"] == "dense"
 
 
-# --- Language models whose two embeddings are one tensor, or not -------------------------------------------------------
+# --- Language models whose two embeddings are one tensor, or not
+# -------------------------------------------------------
 
 
 def save_decoder(folder: Path, **saved: Array) -> Path:
@@ -233,7 +270,9 @@ def save_decoder(folder: Path, **saved: Array) -> Path:
     import transformers
     from safetensors.numpy import load_file, save_file
 
-    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=90, n_positions=32, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=1, n_head=2, vocab_size=90, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     save_file(load_file(folder / "model.safetensors") | saved, folder / "model.safetensors", {"format": "pt"})
     return folder
@@ -243,8 +282,16 @@ def save_decoder_adapter(folder: Path, base: Path, *targets: str, **config) -> P
     import peft
     import transformers
 
-    config |= {"task_type": "CAUSAL_LM", "r": 2, "target_modules": list(targets), "init_lora_weights": False, "fan_in_fan_out": "c_attn" in targets}
-    peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base), peft.LoraConfig(**config)).save_pretrained(folder)
+    config |= {
+        "task_type": "CAUSAL_LM",
+        "r": 2,
+        "target_modules": list(targets),
+        "init_lora_weights": False,
+        "fan_in_fan_out": "c_attn" in targets,
+    }
+    peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base), peft.LoraConfig(**config)).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -255,7 +302,9 @@ def test_trained_tokens_never_join_a_task_that_has_untied_the_bases_embeddings(t
     tokens = save_decoder_adapter(tmp_path / "tokens", base, "c_attn", trainable_token_indices={"wte": [3, 5]})
     bundle = export_task(Request(base, output, "output"), tmp_path / "bundle").bundle
     before = snapshot(bundle.path)
-    with pytest.raises(BundleError, match="no task has a CAUSAL_LM head of 90 outputs yet; add the first with 'lorafuse export'"):
+    with pytest.raises(
+        BundleError, match="no task has a CAUSAL_LM head of 90 outputs yet; add the first with 'lorafuse export'"
+    ):
         add_task(bundle.path, tokens, "tokens")
     assert snapshot(bundle.path) == before
     assert export_task(Request(base, tokens, "tokens"), bundle.path).traced
@@ -263,11 +312,15 @@ def test_trained_tokens_never_join_a_task_that_has_untied_the_bases_embeddings(t
 
 
 def test_a_base_with_embeddings_apart_whatever_its_config_says_takes_further_tasks(tmp_path: Path):
-    base = save_decoder(tmp_path / "base", **{"lm_head.weight": np.random.default_rng(0).normal(size=(90, 32)).astype(np.float32)})
+    base = save_decoder(
+        tmp_path / "base", **{"lm_head.weight": np.random.default_rng(0).normal(size=(90, 32)).astype(np.float32)}
+    )
     export_task(Request(base, None, "unadapted"), tmp_path / "bundle")
     adapter = save_decoder_adapter(tmp_path / "adapter", base, "c_attn")
     added = add_task(tmp_path / "bundle", adapter, "further")
-    exported = export_task(Request(base, adapter, "further"), Path(shutil.copytree(tmp_path / "bundle", tmp_path / "other")))
+    exported = export_task(
+        Request(base, adapter, "further"), Path(shutil.copytree(tmp_path / "bundle", tmp_path / "other"))
+    )
     assert not added.bundle.graph(added.bundle.task("further")).head.tied
     assert added.bundle.manifest == exported.bundle.manifest
 
@@ -292,8 +345,12 @@ def with_head(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("store", ["dense", "factors"])
-@pytest.mark.parametrize("order", [(unadapted, of_another_head), (of_another_head, unadapted)], ids=["the base first", "the adapter first"])
-def test_a_head_of_another_size_than_the_bases_own_stands_beside_it(with_head: Path, tmp_path: Path, write_adapter, token_ids, order, store: Store):
+@pytest.mark.parametrize(
+    "order", [(unadapted, of_another_head), (of_another_head, unadapted)], ids=["the base first", "the adapter first"]
+)
+def test_a_head_of_another_size_than_the_bases_own_stands_beside_it(
+    with_head: Path, tmp_path: Path, write_adapter, token_ids, order, store: Store
+):
     adapter, together, apart = write_adapter(seed=1, outputs=3), tmp_path / "together", tmp_path / "apart"
     for step in order:
         step(with_head, adapter, together, store)
@@ -303,11 +360,15 @@ def test_a_head_of_another_size_than_the_bases_own_stands_beside_it(with_head: P
     assert check_bundle(together) == []
     for task, alone in (("unadapted", "unadapted"), ("three", "of_another_head"), ("added", "added")):
         np.testing.assert_array_equal(outputs(together, task, token_ids()), outputs(apart / alone, task, token_ids()))
-        assert verify(open_bundle(together), task, [token_ids()], {"ONNX graph": partial(outputs, together, task)}).passed
+        assert verify(
+            open_bundle(together), task, [token_ids()], {"ONNX graph": partial(outputs, together, task)}
+        ).passed
 
 
 @pytest.mark.parametrize("mode", ["dedicated", "resident"])
-def test_the_base_answers_under_a_head_of_another_size_than_its_own(with_head: Path, tmp_path: Path, write_adapter, token_ids, mode: Mode):
+def test_the_base_answers_under_a_head_of_another_size_than_its_own(
+    with_head: Path, tmp_path: Path, write_adapter, token_ids, mode: Mode
+):
     adapter, together, apart = write_adapter(seed=1, outputs=3), tmp_path / "together", tmp_path / "apart"
     unadapted(with_head, adapter, together, "dense")
     found = []

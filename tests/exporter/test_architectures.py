@@ -32,11 +32,12 @@ from tiny_models import (
 )
 
 from exporter.bundle.manifest import Bundle
-from exporter.digest import graph_digest
+from exporter.graph.digest import graph_digest
 from exporter.task import Exported
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
-# Of the largest output. Two orders of the same float32 sums differ by some 6e-8 an operation: 1.2e-6 is the largest seen. Merged weights that are
+# Of the largest output. Two orders of the same float32 sums differ by some 6e-8 an operation: 1.2e-6 is the largest
+# seen. Merged weights that are
 # off by a thousandth show as 1e-3, one element of one bias as 6e-5.
 BOUND = 1e-5
 DECODERS = [name for name, architecture in ARCHITECTURES.items() if architecture.task_type == "CAUSAL_LM"]
@@ -77,7 +78,13 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     base = save_base(architecture, folder / "base")
     adapter = save_adapter(architecture, base, folder / "adapter")
     bundle = export(architecture, base, adapter, "adapted", folder / "bundle").bundle
-    return Case(architecture, base, bundle, merged_by_peft(architecture, base, adapter), open_session(model_path(bundle, "adapted")))
+    return Case(
+        architecture,
+        base,
+        bundle,
+        merged_by_peft(architecture, base, adapter),
+        open_session(model_path(bundle, "adapted")),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,9 @@ def other(case: Case) -> Other:
     adapter = None
     if case.architecture.head:
         adapter = save_adapter(case.architecture, case.base, case.base.parent / "other", seed=2)
-    model = merged_by_peft(case.architecture, case.base, adapter) if adapter else load_base(case.architecture, case.base)
+    model = (
+        merged_by_peft(case.architecture, case.base, adapter) if adapter else load_base(case.architecture, case.base)
+    )
     exported = export(case.architecture, case.base, adapter, "other", case.bundle.path)
     return Other(exported, model, open_session(model_path(exported.bundle, "other")))
 
@@ -100,14 +109,18 @@ def test_the_graph_computes_what_the_model_that_peft_merges_does(case: Case, sha
 
 def test_another_task_in_the_bundle_computes_its_own_model_and_not_this_one(case: Case, other: Other):
     made = call(case.architecture, other.model, input_names(case.session), SHAPES[-1])
-    same, different = (worst_differences(run(session, made.feed), made.expected) for session in (other.session, case.session))
+    same, different = (
+        worst_differences(run(session, made.feed), made.expected) for session in (other.session, case.session)
+    )
     assert all(difference <= BOUND for difference in same.values()), same
     assert max(different.values()) > 1000 * BOUND, different
 
 
 def test_all_tasks_of_a_head_have_one_graph_and_the_second_is_not_traced(case: Case, other: Other):
     bundle = other.exported.bundle
-    digests = {graph_digest(onnx.load(model_path(bundle, task), load_external_data=False)) for task in ("adapted", "other")}
+    digests = {
+        graph_digest(onnx.load(model_path(bundle, task), load_external_data=False)) for task in ("adapted", "other")
+    }
     assert digests == {bundle.task("adapted").graph} == {bundle.task("other").graph} == set(bundle.manifest.graphs)
     assert not other.exported.traced
 
@@ -116,20 +129,33 @@ def test_all_tasks_of_a_head_have_one_graph_and_the_second_is_not_traced(case: C
 def test_a_trace_of_the_unadapted_base_gives_the_graph_of_the_merged_model(case: Case, tmp_path: Path):
     alone = export(case.architecture, case.base, None, "unadapted", tmp_path / "bundle")
     assert alone.traced
-    assert graph_digest(onnx.load(model_path(alone.bundle, "unadapted"), load_external_data=False)) == case.bundle.task("adapted").graph
+    assert (
+        graph_digest(onnx.load(model_path(alone.bundle, "unadapted"), load_external_data=False))
+        == case.bundle.task("adapted").graph
+    )
 
 
 def test_every_parameter_that_the_outputs_depend_on_is_an_external_initializer_of_its_name(case: Case):
     model = load_base(case.architecture, case.base).requires_grad_()
     made = call(case.architecture, case.merged, input_names(case.session), SHAPES[1])
-    feed = {name: torch.from_numpy(values) for name, values in made.feed.items() if not name.startswith("past_key_values")}
+    feed = {
+        name: torch.from_numpy(values) for name, values in made.feed.items() if not name.startswith("past_key_values")
+    }
     sum(values.sum() for values in answers(case.architecture, model, feed).values()).backward()
-    read = {name.removeprefix(case.architecture.inner) for name, parameter in model.named_parameters() if parameter.grad is not None}
+    read = {
+        name.removeprefix(case.architecture.inner)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     assert {tensor.name for tensor in case.graph.initializer if tensor.data_location == TensorProto.EXTERNAL} == read
 
 
 def test_no_large_tensor_is_inside_the_graph(case: Case):
-    inline = {tensor.name: math.prod(tensor.dims) for tensor in case.graph.initializer if tensor.data_location != TensorProto.EXTERNAL}
+    inline = {
+        tensor.name: math.prod(tensor.dims)
+        for tensor in case.graph.initializer
+        if tensor.data_location != TensorProto.EXTERNAL
+    }
     assert {name: size for name, size in inline.items() if size > 1024} == {}
 
 
@@ -183,12 +209,21 @@ def input_names(session: onnxruntime.InferenceSession) -> list[str]:
     return [value.name for value in session.get_inputs()]
 
 
-def decoder_feed(session: onnxruntime.InferenceSession, ids: Array, mask: Array | None = None, past: Mapping[str, Array] | None = None) -> dict[str, Array]:
-    """The tokens of ``ids`` that are not in ``past``, the outputs of an earlier run, yet; positions count a row's own tokens."""
+def decoder_feed(
+    session: onnxruntime.InferenceSession,
+    ids: Array,
+    mask: Array | None = None,
+    past: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """The tokens of ``ids`` that are not in ``past``, the outputs of an earlier run, yet; positions count a row's own
+    tokens.
+    """
     mask = np.ones_like(ids) if mask is None else mask
     cached = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_key_values.")}
     cache = {
-        name: past[name.replace("past_key_values", "present")] if past else np.zeros((len(ids), heads, 0, width), np.float32)
+        name: past[name.replace("past_key_values", "present")]
+        if past
+        else np.zeros((len(ids), heads, 0, width), np.float32)
         for name, (_, heads, _, width) in cached.items()
     }
     known = next(iter(cache.values())).shape[2]

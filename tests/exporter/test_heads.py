@@ -17,7 +17,9 @@ LANGUAGE = {"architectures": ["LlamaForCausalLM"], "vocab_size": 96}
 
 
 def adapter_with(task_type: str | None = "SEQ_CLS", *changes, **saved: tuple[int, ...]) -> Adapter:
-    replacements = tuple(Replacement(name.replace("__", "."), np.zeros(shape, np.float32)) for name, shape in saved.items())
+    replacements = tuple(
+        Replacement(name.replace("__", "."), np.zeros(shape, np.float32)) for name, shape in saved.items()
+    )
     return Adapter(Path("adapter"), "PEFT", (), "0", (*changes, *replacements), task_type)
 
 
@@ -50,7 +52,9 @@ def test_the_head_has_as_many_outputs_as_its_last_layer_has_rows(base, saved: di
 
 
 @pytest.mark.parametrize(
-    ("config", "outputs"), [({"id2label": {"0": "a", "1": "b", "2": "c"}}, 3), ({"num_labels": 4}, 4), ({}, 2)], ids=["labels", "their number", "neither"]
+    ("config", "outputs"),
+    [({"id2label": {"0": "a", "1": "b", "2": "c"}}, 3), ({"num_labels": 4}, 4), ({}, 2)],
+    ids=["labels", "their number", "neither"],
 )
 def test_an_adapter_without_a_head_has_the_bases_own(base, config: dict[str, object], outputs: int):
     assert head_of(adapter_with(classifier__bias=(2,)), base(**config)) == Head("SEQ_CLS", outputs)
@@ -86,11 +90,17 @@ def test_what_whisper_was_trained_in_does_not_change_that(base):
 
 @pytest.mark.parametrize(
     ("model_type", "module", "exported"),
-    [("whisper", "model.decoder.layers.0.encoder_attn.q_proj", "encoder"), ("clip", "text_model.encoder.layers.0.self_attn.q_proj", "vision tower")],
+    [
+        ("whisper", "model.decoder.layers.0.encoder_attn.q_proj", "encoder"),
+        ("clip", "text_model.encoder.layers.0.self_attn.q_proj", "vision tower"),
+    ],
 )
 def test_an_adapter_of_the_part_that_is_not_exported_is_refused(base, model_type: str, module: str, exported: str):
     config = base(model_type=model_type, d_model=32)
-    said = f"adapter: changes '{module}', but of a {model_type} model the {exported} alone is exported; train one of the {exported}"
+    said = (
+        f"adapter: changes '{module}', but of a {model_type} model the {exported} alone is exported; train one of the"
+        f" {exported}"
+    )
     with pytest.raises(ExportError) as refused:
         head_of(adapter_with(None, low_rank(module)), config)
     assert str(refused.value) == said
@@ -106,7 +116,9 @@ def test_the_users_word_comes_first_then_the_adapters(base):
 
 @pytest.mark.parametrize(("adapters", "users"), [("NO_SUCH", None), ("SEQ_CLS", "NO_SUCH")])
 def test_an_unknown_task_type_is_refused_with_those_that_are_known(base, adapters: str, users: str | None):
-    with pytest.raises(ExportError, match=r"\Aadapter: task_type 'NO_SUCH' can't be exported; expected one of SEQ_CLS, [^\n]*\Z"):
+    with pytest.raises(
+        ExportError, match=r"\Aadapter: task_type 'NO_SUCH' can't be exported; expected one of SEQ_CLS, [^\n]*\Z"
+    ):
         head_of(adapter_with(adapters), base(), users)
 
 
@@ -131,7 +143,11 @@ def test_other_changes_and_trained_tokens_leave_them_tied(base):
 
 
 def test_only_the_last_layer_is_the_heads(base):
-    assert [name for name in ("classifier.weight", "classifier.out_proj.bias", "bert.score.weight", "classifier.dense.weight") if is_of_head(name)] == [
+    assert [
+        name
+        for name in ("classifier.weight", "classifier.out_proj.bias", "bert.score.weight", "classifier.dense.weight")
+        if is_of_head(name)
+    ] == [
         "classifier.weight",
         "classifier.out_proj.bias",
         "bert.score.weight",

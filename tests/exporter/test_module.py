@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import exporter
 from exporter.bundle.check import check_bundle
 from exporter.bundle.manifest import MODULE, Bundle, open_bundle
-from exporter.reference import merged_values, torch_runner
+from exporter.proof.reference import merged_values, torch_runner
+from exporter.proof.verify import verify
 from exporter.task import add_task
-from exporter.verify import verify
 from lora.errors import AdapterError, BundleError, ExportError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 
 class Network(nn.Module):
@@ -60,7 +60,10 @@ def save_adapter(folder: Path, seed: int = 0) -> Path:
     wrapped.save_pretrained(folder)
     random = np.random.default_rng(seed)
     tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({name: random.normal(size=value.shape).astype(np.float32) for name, value in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: random.normal(size=value.shape).astype(np.float32) for name, value in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
     return folder
 
 
@@ -71,7 +74,9 @@ def run(bundle: Bundle, task: str, **inputs: Tensor) -> list[Array]:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: save_adapter(tmp_path_factory.mktemp("adapters") / name, seed) for seed, name in enumerate(("one", "two"))}
+    return {
+        name: save_adapter(tmp_path_factory.mktemp("adapters") / name, seed) for seed, name in enumerate(("one", "two"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +89,26 @@ def bundle(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_the_graph_computes_what_the_module_and_pefts_merge_compute(bundle: Bundle, adapters: dict[str, Path], batch: int):
+def test_the_graph_computes_what_the_module_and_pefts_merge_compute(
+    bundle: Bundle, adapters: dict[str, Path], batch: int
+):
     image = torch.randn(batch, 3, 6, 6, generator=torch.Generator().manual_seed(batch))
     with torch.no_grad():
         want = {"plain": Network().eval()(image).numpy()}
         for name, adapter in adapters.items():
             want[name] = peft.PeftModel.from_pretrained(Network().eval(), adapter).merge_and_unload()(image).numpy()
     for name, values in want.items():
-        np.testing.assert_allclose(run(bundle, name, image=image)[0], values, atol=1e-5 * np.abs(values).max(), err_msg=name)
+        np.testing.assert_allclose(
+            run(bundle, name, image=image)[0], values, atol=1e-5 * np.abs(values).max(), err_msg=name
+        )
     assert np.abs(want["one"] - want["plain"]).max() > 0.1
     assert check_bundle(bundle.path) == []
 
 
 def test_every_weight_keeps_its_name_a_batchnorms_too(bundle: Bundle):
-    assert bundle.graph(bundle.task("one")).weights.keys() == {name for name, value in Network().state_dict().items() if value.is_floating_point()}
+    assert bundle.graph(bundle.task("one")).weights.keys() == {
+        name for name, value in Network().state_dict().items() if value.is_floating_point()
+    }
     assert len(bundle.manifest.base.weights) == len(bundle.manifest.graphs) == 1
     assert bundle.graph(bundle.task("one")).head.task_type == MODULE
 
@@ -115,7 +126,15 @@ def test_the_module_is_left_as_it_was(tmp_path: Path):
 def test_axes_outputs_and_precision_are_the_callers(tmp_path: Path):
     inputs = {"tokens": torch.ones(2, 5, dtype=torch.long), "weights": torch.ones(2, 5)}
     axes = {name: {0: "rows", 1: "length"} for name in inputs}
-    exported = exporter.export(TwoAndTwo(), inputs, tmp_path / "bundle", task="plain", axes=axes, outputs=("mixed", "summed"), precision="float16")
+    exported = exporter.export(
+        TwoAndTwo(),
+        inputs,
+        tmp_path / "bundle",
+        task="plain",
+        axes=axes,
+        outputs=("mixed", "summed"),
+        precision="float16",
+    )
     graph = exported.bundle.graph(exported.bundle.task("plain"))
     assert [(port.name, port.dtype, port.shape) for port in (*graph.inputs, *graph.outputs)] == [
         ("tokens", "int64", ("rows", "length")),
@@ -137,18 +156,26 @@ class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.gru, self.out = nn.Embedding(20, 8), nn.GRU(8, 6, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(12, 3)
+        self.embed, self.gru, self.out = (
+            nn.Embedding(20, 8),
+            nn.GRU(8, 6, num_layers=2, batch_first=True, bidirectional=True),
+            nn.Linear(12, 3),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.out(self.gru(self.embed(tokens))[0])
 
 
 def test_a_recurrent_network_is_onnxs_own_over_any_length(tmp_path: Path):
-    wrapped = peft.get_peft_model(Recurrent().eval(), peft.LoraConfig(r=2, target_modules=["embed", "out"], init_lora_weights=False))
+    wrapped = peft.get_peft_model(
+        Recurrent().eval(), peft.LoraConfig(r=2, target_modules=["embed", "out"], init_lora_weights=False)
+    )
     wrapped.save_pretrained(tmp_path / "adapter")
     axes = {"tokens": {0: "batch", 1: "length"}}
     tokens = {"tokens": torch.ones(2, 5, dtype=torch.long)}
-    bundle = exporter.export(Recurrent(), tokens, tmp_path / "bundle", task="one", adapter=tmp_path / "adapter", axes=axes).bundle
+    bundle = exporter.export(
+        Recurrent(), tokens, tmp_path / "bundle", task="one", adapter=tmp_path / "adapter", axes=axes
+    ).bundle
     assert bundle.graph(bundle.task("one")).weights.keys() == Recurrent().state_dict().keys()
     assert bundle.graph(bundle.task("one")).outputs[0].shape == ("batch", "length", 3)
     merged = peft.PeftModel.from_pretrained(Recurrent().eval(), tmp_path / "adapter").merge_and_unload()
@@ -187,13 +214,19 @@ def test_another_modules_weights_are_another_base(bundle: Bundle):
 def test_an_adapter_of_another_module_is_refused(tmp_path: Path, adapters: dict[str, Path]):
     with pytest.raises(AdapterError, match="trained on another model"):
         exporter.export(
-            TwoAndTwo(), {"tokens": torch.ones(2, 5, dtype=torch.long), "weights": torch.ones(2, 5)}, tmp_path / "b", task="x", adapter=adapters["one"]
+            TwoAndTwo(),
+            {"tokens": torch.ones(2, 5, dtype=torch.long), "weights": torch.ones(2, 5)},
+            tmp_path / "b",
+            task="x",
+            adapter=adapters["one"],
         )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_bundle_can_not_rebuild_the_module_and_says_so(bundle: Bundle):
-    with pytest.raises(ExportError, match=r"task 'one' was exported from a Python module, which the bundle can't rebuild"):
+    with pytest.raises(
+        ExportError, match=r"task 'one' was exported from a Python module, which the bundle can't rebuild"
+    ):
         torch_runner(bundle, "one", merged_values(bundle, "one"))
     with pytest.raises(ExportError, match="compare with the module itself"):
         verify(bundle, "one", [{"image": IMAGES["image"].numpy()}], {})

@@ -1,4 +1,6 @@
-"""Models whose configuration or dtype does not say all: output embeddings of their own, layers kept wide, rows of padding alone."""
+"""Models whose configuration or dtype does not say all: output embeddings of their own, layers kept wide, rows of
+padding alone.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,39 @@ import torch
 import transformers
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
-from tiny_models import ARCHITECTURES, DECODER, SHAPES, T5, Architecture, call, export, load_base, model_path, open_session, save_base, worst_differences
+from tiny_models import (
+    ARCHITECTURES,
+    DECODER,
+    SHAPES,
+    T5,
+    Architecture,
+    call,
+    export,
+    load_base,
+    model_path,
+    open_session,
+    save_base,
+    worst_differences,
+)
 
 OWN = [
-    (dataclasses.replace(ARCHITECTURES["Llama"], config=transformers.LlamaConfig(**DECODER, tie_word_embeddings=True)), "model.embed_tokens.weight"),
-    (dataclasses.replace(ARCHITECTURES["T5"], config=transformers.T5Config(**T5, tie_word_embeddings=False)), "shared.weight"),
+    (
+        dataclasses.replace(
+            ARCHITECTURES["Llama"], config=transformers.LlamaConfig(**DECODER, tie_word_embeddings=True)
+        ),
+        "model.embed_tokens.weight",
+    ),
+    (
+        dataclasses.replace(ARCHITECTURES["T5"], config=transformers.T5Config(**T5, tie_word_embeddings=False)),
+        "shared.weight",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("architecture", "embedding"), OWN, ids=["Llama", "T5 1.1"])
-def test_a_checkpoint_with_an_output_embedding_of_its_own_keeps_it_whatever_its_config_says(architecture: Architecture, embedding: str, tmp_path: Path):
+def test_a_checkpoint_with_an_output_embedding_of_its_own_keeps_it_whatever_its_config_says(
+    architecture: Architecture, embedding: str, tmp_path: Path
+):
     base = save_base(architecture, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     own = np.random.default_rng(0).normal(size=tensors[embedding].shape).astype(np.float32)
@@ -29,7 +54,12 @@ def test_a_checkpoint_with_an_output_embedding_of_its_own_keeps_it_whatever_its_
     bundle = export(architecture, base, None, "unadapted", tmp_path / "bundle").bundle
     session = open_session(model_path(bundle, "unadapted"))
     made = call(architecture, load_base(architecture, base), [value.name for value in session.get_inputs()], SHAPES[1])
-    assert worst_differences({"logits": session.run(["logits"], made.feed)[0]}, {"logits": made.expected["logits"]})["logits"] <= 1e-5
+    assert (
+        worst_differences({"logits": session.run(["logits"], made.feed)[0]}, {"logits": made.expected["logits"]})[
+            "logits"
+        ]
+        <= 1e-5
+    )
 
 
 def test_t5_in_float16_keeps_in_float32_what_transformers_does(tmp_path: Path):
@@ -57,7 +87,11 @@ def test_a_row_that_is_padded_on_the_left_is_finite_in_float16_however_low_its_s
     ids, mask = np.random.default_rng(0).integers(3, 96, (2, 7)), np.ones((2, 7), np.int64)
     ids[1, :4], mask[1, :4] = 0, 0
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    cache = {f"past_key_values.{layer}.{part}": np.zeros((2, 2, 0, 16), np.float16) for layer in range(2) for part in ("key", "value")}
+    cache = {
+        f"past_key_values.{layer}.{part}": np.zeros((2, 2, 0, 16), np.float16)
+        for layer in range(2)
+        for part in ("key", "value")
+    }
     feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
     (logits,) = ReferenceEvaluator(str(model_path(bundle, "unadapted"))).run(["logits"], feed)
     with torch.no_grad():

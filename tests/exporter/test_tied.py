@@ -32,7 +32,7 @@ from tiny_models import (
 )
 
 from exporter.bundle.manifest import Bundle
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 BOUND = 1e-5  # of the largest output, as for untied models
 TIED = dataclasses.replace(ARCHITECTURES["Llama"], config=transformers.LlamaConfig(**DECODER, tie_word_embeddings=True))
@@ -70,7 +70,10 @@ class Case:
         """Their values, in the model's axis order."""
         order = self.bundle.graph(self.bundle.task(task)).weights
         loaded = {tensor.name: tensor for tensor in onnx.load(model_path(self.bundle, task)).graph.initializer}
-        return {name: numpy_helper.to_array(loaded[name]).transpose(np.argsort(order[name] or (0, 1))) for name in self.embeddings(task)}
+        return {
+            name: numpy_helper.to_array(loaded[name]).transpose(np.argsort(order[name] or (0, 1)))
+            for name in self.embeddings(task)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,9 @@ def test_the_graph_computes_what_the_model_that_peft_merges_does(case: Case, tas
 
 def test_the_tasks_differ_from_the_base_and_from_each_other(case: Case):
     models = {task: merged(case, task) for task in ADAPTERS} | {"base": load_base(TIED, case.base)}
-    apart = [worst(case, task, model, SHAPES[-1]) for task in ADAPTERS for name, model in models.items() if name != task]
+    apart = [
+        worst(case, task, model, SHAPES[-1]) for task in ADAPTERS for name, model in models.items() if name != task
+    ]
     assert min(apart) > 1000 * BOUND
 
 
@@ -158,6 +163,9 @@ def test_trained_tokens_change_their_rows_alone(case: Case, embedding: Array):
 def test_both_kinds_live_in_one_bundle_that_keeps_the_bases_embedding_once(case: Case):
     assert len(case.bundle.manifest.graphs) == 2
     assert case.traced == dict.fromkeys(ADAPTERS, False) | {"attention": True, "saved-output": True}
-    places = {tuple(entry.value for entry in case.embeddings(task)[INPUT].external_data) for task in ("attention", "saved-output", "output")}
+    places = {
+        tuple(entry.value for entry in case.embeddings(task)[INPUT].external_data)
+        for task in ("attention", "saved-output", "output")
+    }
     assert len(places) == 1
     assert places.pop()[0] in {file.path for file in case.bundle.manifest.base.weights}

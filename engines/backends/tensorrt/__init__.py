@@ -1,4 +1,5 @@
-"""TensorRT 10 and 11, and TensorRT-RTX: one backend for all, with the API's module passed as a value so that a process may hold several.
+"""TensorRT 10 and 11, and TensorRT-RTX: one backend for all, with the API's module passed as a value so that a process
+may hold several.
 
     log       what the library says, kept for the exception
     network   ONNX model → network, profiles and builder's configuration → plan
@@ -19,10 +20,11 @@ import importlib
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.backends import BuildOptions, Model, Plan, Progress, Session
+from engines.backends import BuildOptions, Model, Plan, Session
 from engines.backends.tensorrt.network import build_plan, builds_for_this_device
 from engines.backends.tensorrt.target import runs_on
 from lora.errors import EngineError
+from lora.progress import Progress
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -59,7 +61,10 @@ class TensorRT:
     def build(self, model: Model, options: BuildOptions, progress: Progress) -> Plan:
         """Build the plan, with weights to be exchanged where ``options.mode`` says so."""
         if model.values:
-            raise EngineError(f"{model.folder}: a builder takes weights from the model's files alone; write the {len(model.values)} other values there first")
+            raise EngineError(
+                f"{model.folder}: a builder takes weights from the model's files alone; write the {len(model.values)}"
+                " other values there first"
+            )
         return build_plan(self._trt, model, options, progress)
 
     def runs(self, target: str) -> str | None:
@@ -67,7 +72,11 @@ class TensorRT:
         from engines.backends.tensorrt.cuda import device
 
         found = device()
-        return None if runs_on(target, (found.major, found.minor)) else f"it was built for {target}, and this is an {found}"
+        return (
+            None
+            if runs_on(target, (found.major, found.minor))
+            else f"it was built for {target}, and this is an {found}"
+        )
 
     def load(self, model: Model, plan: Path | None) -> Session:
         """Load the plan, and refit it where ``model`` has values for its weights. A device is asked for first."""

@@ -15,15 +15,20 @@ import numpy as np
 
 from engines.backends import NoDeviceError
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 try:
     from cuda.bindings import runtime as cudart
 except ImportError as error:
-    raise EngineError(f"cuda-bindings is not installed ({error}); install lorafuse[tensorrt] or lorafuse[tensorrt-rtx]") from error
+    raise EngineError(
+        f"cuda-bindings is not installed ({error}); install lorafuse[tensorrt] or lorafuse[tensorrt-rtx]"
+    ) from error
 
 NO_DRIVER, NO_DEVICE = 35, 100
-NAMES = {NO_DRIVER: "no NVIDIA driver on this machine, or one that is too old", NO_DEVICE: "no CUDA device on this machine"}
+NAMES = {
+    NO_DRIVER: "no NVIDIA driver on this machine, or one that is too old",
+    NO_DEVICE: "no CUDA device on this machine",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Device:
 
 
 def require_device() -> None:
-    """Raises NoDeviceError unless CUDA finds a device; to be asked before a Runtime is made, which may crash without one."""
+    """Raises NoDeviceError unless CUDA finds a device; to be asked before a Runtime is made, which may crash without
+    one.
+    """
     status, count = cudart.cudaGetDeviceCount()
     if int(status) != 0 or count == 0:
         code = int(status) or NO_DEVICE
@@ -158,7 +165,9 @@ class CudaGraph:
     @staticmethod
     def begin(stream: Stream) -> None:
         """From here on, what is put on the stream is recorded and not run."""
-        checked(cudart.cudaStreamBeginCapture(stream.handle, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        checked(
+            cudart.cudaStreamBeginCapture(stream.handle, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        )
 
     @staticmethod
     def abandon(stream: Stream) -> None:

@@ -16,7 +16,9 @@ from lora.errors import EngineError
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """A place at which two engines differ: the layer's position, the field (``layer`` where one has no such layer), both values."""
+    """A place at which two engines differ: the layer's position, the field (``layer`` where one has no such layer),
+    both values.
+    """
 
     position: int
     field: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engines.backends import Progress
+from lora.progress import Progress
 
 
 @dataclass
@@ -53,7 +53,10 @@ class Phases:
 
 
 def monitor_of(trt: Any, progress: Progress) -> Any:
-    """A progress monitor for ``trt``. ``interrupted`` says that the build was stopped by Ctrl-C, which may not leave a callback."""
+    """A progress monitor for ``trt``.
+
+    ``interrupted`` says that the build was stopped by Ctrl-C, which may not leave a callback.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # as in log_of
         def __init__(self) -> None:

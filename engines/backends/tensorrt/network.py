@@ -8,24 +8,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engines.backends import Axes, AxisRange, BuildOptions, Model, Plan, Progress
+from engines.backends import Axes, AxisRange, BuildOptions, Model, Plan
 from engines.backends.tensorrt.log import log_of
 from engines.backends.tensorrt.monitor import monitor_of
 from engines.backends.tensorrt.target import AMPERE_PLUS, PORTABLE, dotted
 from lora.collector import uncollected
 from lora.errors import EngineError
+from lora.progress import Progress
 
 if TYPE_CHECKING:
     import tensorrt
 
 
 def build_plan(trt: Any, model: Model, options: BuildOptions, progress: Progress) -> Plan:
-    """Build ``model``. Raises EngineError with the library's words, NoDeviceError where the flavour builds on its device only."""
-    if builds_for_this_device(trt) or options.mode != "rebuild":  # RTX compiles kernels for such a plan on the device, and without one fails beside its log
+    """Build ``model``. Raises EngineError with the library's words, NoDeviceError where the flavour builds on its
+    device only.
+    """
+    if (
+        builds_for_this_device(trt) or options.mode != "rebuild"
+    ):  # RTX compiles kernels for such a plan on the device, and without one fails beside its log
         from engines.backends.tensorrt.cuda import require_device
 
         require_device()
-    # TensorRT logs while it holds a lock. Were the collector to run in that moment, it might destroy a former build's objects, which wait for the lock.
+    # TensorRT logs while it holds a lock. Were the collector to run in that moment, it might destroy a former build's
+    # objects, which wait for the lock.
     with uncollected():
         return _build(trt, model, options, progress)
 
@@ -44,7 +50,9 @@ def _build(trt: Any, model: Model, options: BuildOptions, progress: Progress) ->
     parse(trt, network, model, log)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what an inspector can tell; costs no time at run time
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # what an inspector can tell; costs no time at run time
     target = _set_target(trt, config, options)
     _set_limits(trt, config, options)
     _set_mode(trt, network, config, options)
@@ -70,16 +78,22 @@ def parse(trt: Any, network: tensorrt.INetworkDefinition, model: Model, log: Any
 
 
 def _set_target(trt: Any, config: tensorrt.IBuilderConfig, options: BuildOptions) -> str:
-    """Choose what the engine is built for: full TensorRT the device at hand or its kin, RTX the capabilities named or any."""
+    """Choose what the engine is built for: full TensorRT the device at hand or its kin, RTX the capabilities named or
+    any.
+    """
     if builds_for_this_device(trt):
         return _set_compatibility(trt, config, options)
     if options.compatible:
-        raise EngineError(f"{trt.__name__} has no hardware compatibility level; without --compute-capability its plans run on any GPU from Ampere on")
+        raise EngineError(
+            f"{trt.__name__} has no hardware compatibility level; without --compute-capability its plans run on any GPU"
+            " from Ampere on"
+        )
     known = {dotted(name): value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     for capability in options.compute_capabilities:
         if capability not in known:
             raise EngineError(
-                f"compute capability '{capability}' is not one that {trt.__name__} {trt.__version__} builds for; expected one of {', '.join(known)}"
+                f"compute capability '{capability}' is not one that {trt.__name__} {trt.__version__} builds for;"
+                f" expected one of {', '.join(known)}"
             )
     if options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
@@ -107,8 +121,13 @@ def _set_limits(trt: Any, config: tensorrt.IBuilderConfig, options: BuildOptions
         config.builder_optimization_level = options.optimization_level
 
 
-def _set_mode(trt: Any, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, options: BuildOptions) -> None:
-    """Let weights be exchanged: those named where the flavour can choose, else all. A stripped plan leaves all of them out."""
+def _set_mode(
+    trt: Any, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, options: BuildOptions
+) -> None:
+    """Let weights be exchanged: those named where the flavour can choose, else all.
+
+    A stripped plan leaves all of them out.
+    """
     flags = trt.BuilderFlag.__members__
     match options.mode:
         case "rebuild":
@@ -120,18 +139,31 @@ def _set_mode(trt: Any, network: tensorrt.INetworkDefinition, config: tensorrt.I
             config.set_flag(flags["REFIT_INDIVIDUAL"])
             for name in options.refittable:
                 if not network.mark_weights_refittable(name):
-                    raise EngineError(f"{trt.__name__} {trt.__version__} can't make weight '{name}' refittable; choose --mode rebuild")
+                    raise EngineError(
+                        f"{trt.__name__} {trt.__version__} can't make weight '{name}' refittable; choose --mode rebuild"
+                    )
         case "refit":
             config.set_flag(flags["REFIT"])
 
 
-def _add_profile(builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, config: tensorrt.IBuilderConfig, axes: Axes, log: Any) -> None:
+def _add_profile(
+    builder: tensorrt.Builder,
+    network: tensorrt.INetworkDefinition,
+    config: tensorrt.IBuilderConfig,
+    axes: Axes,
+    log: Any,
+) -> None:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         names = [tensor.get_dimension_name(axis) if size == -1 else None for axis, size in enumerate(tensor.shape)]
-        sizes = [_range(axes, name) if name else AxisRange(size, size, size) for name, size in zip(names, tensor.shape, strict=True)]
-        smallest, typical, largest = (tuple(getattr(size, field) for size in sizes) for field in ("smallest", "typical", "largest"))
+        sizes = [
+            _range(axes, name) if name else AxisRange(size, size, size)
+            for name, size in zip(names, tensor.shape, strict=True)
+        ]
+        smallest, typical, largest = (
+            tuple(getattr(size, field) for size in sizes) for field in ("smallest", "typical", "largest")
+        )
         profile.set_shape(tensor.name, smallest, typical, largest)
     # An impossible range is taken without complaint; the profile is then false, or adding it gives -1.
     if not profile or config.add_optimization_profile(profile) < 0:
@@ -145,7 +177,9 @@ def _range(axes: Axes, axis: str) -> AxisRange:
     return axes[axis]
 
 
-def _timing_cache(trt: Any, config: tensorrt.IBuilderConfig, content: bytes | None, progress: Progress) -> tensorrt.ITimingCache | None:
+def _timing_cache(
+    trt: Any, config: tensorrt.IBuilderConfig, content: bytes | None, progress: Progress
+) -> tensorrt.ITimingCache | None:
     """Start from the timings of former builds. RTX times nothing: its cache operations do nothing, and none is made."""
     if not builds_for_this_device(trt):
         return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 if TYPE_CHECKING:
     import tensorrt
@@ -22,14 +22,22 @@ DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
 def refit(trt: Any, engine: tensorrt.ICudaEngine, values: Mapping[str, Array], log: Any) -> None:
-    """Put ``values`` in the place of the engine's weights of those names. Raises EngineError; the engine is of no use then."""
+    """Put ``values`` in the place of the engine's weights of those names.
+
+    Raises EngineError; the engine is of no use then.
+    """
     if not engine.refittable:
         raise EngineError("the engine's weights can't be exchanged; build it with --mode refit or --mode stripped")
     refitter = trt.Refitter(engine, log)
     known = set(refitter.get_all_weights())
     if unknown := sorted(values.keys() - known):
-        raise EngineError(f"weight '{unknown[0]}' can't be exchanged in this engine ({len(unknown)} such); build it again, now that this task is in the bundle")
-    held = {name: np.ascontiguousarray(tensor) for name, tensor in values.items()}  # read at the refit: they must live until then
+        raise EngineError(
+            f"weight '{unknown[0]}' can't be exchanged in this engine ({len(unknown)} such); build it again, now that"
+            " this task is in the bundle"
+        )
+    held = {
+        name: np.ascontiguousarray(tensor) for name, tensor in values.items()
+    }  # read at the refit: they must live until then
     for name, tensor in held.items():
         weights = trt.Weights(trt.DataType.__members__[DTYPES[tensor.dtype.name]], tensor.ctypes.data, tensor.size)
         if not refitter.set_named_weights(name, weights):

@@ -1,4 +1,5 @@
-"""From a plan to an engine that runs: one context, one stream, buffers allocated once for the largest shapes of the profiles.
+"""From a plan to an engine that runs: one context, one stream, buffers allocated once for the largest shapes of the
+profiles.
 
 API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/infer/Core/ExecutionContext.html
 """
@@ -18,7 +19,7 @@ from engines.backends.tensorrt.cuda import Buffer, CudaGraph, Event, Stream, on_
 from engines.backends.tensorrt.log import log_of
 from engines.backends.tensorrt.refit import refit
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 if TYPE_CHECKING:
     import tensorrt
@@ -39,7 +40,10 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 
 def open_session(trt: Any, plan: Path, values: Mapping[str, Array]) -> TensorRTSession:
-    """Load ``plan``, and put ``values`` in the place of its weights of those names. Raises NoDeviceError, EngineError."""
+    """Load ``plan``, and put ``values`` in the place of its weights of those names.
+
+    Raises NoDeviceError, EngineError.
+    """
     require_device()
     log = log_of(trt)
     log.begin()
@@ -56,9 +60,10 @@ def open_session(trt: Any, plan: Path, values: Mapping[str, Array]) -> TensorRTS
 class TensorRTSession:
     """An engine with a context and buffers of its own; not thread-safe: give each thread a ``sibling``.
 
-    With ``graphs``, the second of several runs of the same shapes is recorded as a CUDA graph, and those that follow launch it. A graph
-    holds for the context as it was: other shapes end it, and the first run of any shape is plain, for TensorRT may then still allocate.
-    RTX specialises its kernels while it runs, and has graphs of its own: its runs are not recorded.
+    With ``graphs``, the second of several runs of the same shapes is recorded as a CUDA graph, and those that follow
+    launch it. A graph holds for the context as it was: other shapes end it, and the first run of any shape is plain,
+    for TensorRT may then still allocate. RTX specialises its kernels while it runs, and has graphs of its own: its runs
+    are not recorded.
     """
 
     def __init__(self, trt: Any, runtime: Any, engine: tensorrt.ICudaEngine, log: Any, graphs: bool = True) -> None:
@@ -98,10 +103,11 @@ class TensorRTSession:
             return {name: self._buffers[name].host(sizes[name], self._dtypes[name]).copy() for name in self._outputs}
 
     def stages(self, inputs: Mapping[str, Array]) -> tuple[float, float, float]:
-        """What a run takes on the device, in ms and without a recorded graph: the copies there, the engine, the copies back.
+        """What a run takes on the device, in ms and without a recorded graph: the copies there, the engine, the copies
+        back.
 
-        A run goes before it, so that the stream is busy while the host puts this one on it; where it launches more slowly
-        than the device computes, its launches are in the time.
+        A run goes before it, so that the stream is busy while the host puts this one on it; where it launches more
+        slowly than the device computes, its launches are in the time.
         """
         self._check(inputs)
         with on_first_device():
@@ -120,7 +126,10 @@ class TensorRTSession:
         return there, engine, back
 
     def refit(self, values: Mapping[str, Array]) -> None:
-        """Exchange weights, by initializer names and in the graph's axis order. A recorded graph is dropped; run nothing meanwhile."""
+        """Exchange weights, by initializer names and in the graph's axis order.
+
+        A recorded graph is dropped; run nothing meanwhile.
+        """
         with on_first_device():
             self._drop_graph()
             self._shapes = None
@@ -140,7 +149,9 @@ class TensorRTSession:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with on_first_device():
             self._drop_graph()
             for buffer in self._buffers.values():
@@ -172,7 +183,10 @@ class TensorRTSession:
         for name in self._inputs:
             dtype, rank = self._dtypes[name], len(self._engine.get_tensor_shape(name))
             if inputs[name].dtype != dtype or inputs[name].ndim != rank:
-                raise EngineError(f"input '{name}' is {inputs[name].dtype} of rank {inputs[name].ndim}; expected {dtype} of rank {rank}")
+                raise EngineError(
+                    f"input '{name}' is {inputs[name].dtype} of rank {inputs[name].ndim}; expected {dtype} of rank"
+                    f" {rank}"
+                )
 
     def _choose_profile(self, shapes: Shapes) -> None:
         """The last profile that takes the shapes: later ones are narrower. Raises EngineError when none does."""
@@ -180,8 +194,12 @@ class TensorRTSession:
             if all(self._takes(index, name, shape) for name, shape in zip(self._inputs, shapes, strict=True)):
                 break
         else:
-            given = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in zip(self._inputs, shapes, strict=True))
-            raise EngineError(f"no optimization profile of this engine takes {given}; build it with a --profile that does")
+            given = ", ".join(
+                f"{name} {'x'.join(map(str, shape))}" for name, shape in zip(self._inputs, shapes, strict=True)
+            )
+            raise EngineError(
+                f"no optimization profile of this engine takes {given}; build it with a --profile that does"
+            )
         if index != self._profile:
             if not self._context.set_optimization_profile_async(index, self._stream.handle):
                 raise self._log.error(f"optimization profile {index} was refused")
@@ -207,7 +225,10 @@ class TensorRTSession:
             self._profile = profile
         for name, size in largest.items():
             if size < 0:
-                raise EngineError(f"output '{name}' has a size that depends on the data; expected one that follows from the inputs' shapes")
+                raise EngineError(
+                    f"output '{name}' has a size that depends on the data; expected one that follows from the inputs'"
+                    " shapes"
+                )
             self._buffers[name] = Buffer(size)
             self._context.set_tensor_address(name, self._buffers[name].device)
 

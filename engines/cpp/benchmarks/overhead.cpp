@@ -1,4 +1,5 @@
-// What a call of lorafuse costs over ONNX Runtime's own, on one session and in turn; and what finding a loaded task costs.
+// What a call of lorafuse costs over ONNX Runtime's own, on one session and in turn; and what finding a loaded task
+// costs.
 //
 //     lorafuse-overhead BUNDLE TASK LENGTH TURNS [LIBRARY]
 #include <algorithm>
@@ -52,12 +53,14 @@ void run_raw(const lorafuse::Environment& environment, OrtSession* session, cons
     }
     const char* const output = "logits";
     OrtValue* found = nullptr;
-    environment.check(environment.api().Run(session, nullptr, names.data(), values.data(), names.size(), &output, 1, &found));
+    environment.check(
+        environment.api().Run(session, nullptr, names.data(), values.data(), names.size(), &output, 1, &found));
     environment.api().ReleaseValue(found);
 }
 
 // The task as the runtime has it, whose session shares the base's weights, beside a session of its own from the files.
-void measure(const std::string& path, const std::string& name, std::int64_t length, int turns, const std::string& library) {
+void measure(const std::string& path, const std::string& name, std::int64_t length, int turns,
+             const std::string& library) {
     const lorafuse::Bundle bundle(path);
     const lorafuse::Stored stored(bundle, bundle.task(name));
     const auto environment = std::make_shared<const lorafuse::Environment>(library);
@@ -80,10 +83,12 @@ void measure(const std::string& path, const std::string& name, std::int64_t leng
         sharing.run(inputs, {});
     };
     const Compared ours = compared(raw_sharing, ask, turns);
-    std::printf("ONNX Runtime alone %.1f us; sharing the base's weights adds %.1f us (another session like the first: %.1f us)\n",
-                shared.first, shared.added, control.added);
-    std::printf("ONNX Runtime %.1f us; finding the task and calling by lorafuse adds %.1f us (%.2f %%)\n", ours.first, ours.added,
-                100 * ours.added / ours.first);
+    std::printf(
+        "ONNX Runtime alone %.1f us; sharing the base's weights adds %.1f us (another session like the first: %.1f "
+        "us)\n",
+        shared.first, shared.added, control.added);
+    std::printf("ONNX Runtime %.1f us; finding the task and calling by lorafuse adds %.1f us (%.2f %%)\n", ours.first,
+                ours.added, 100 * ours.added / ours.first);
 }
 
 }  // namespace

@@ -28,7 +28,8 @@ struct Arguments {
 
 constexpr const char* kUsage =
     "usage: lorafuse-ask BUNDLE --task NAME --ids 101,2307,102 [options]\n"
-    "Prints the likeliest class and its logit; of a regression, the value; with --tokens, the tokens that a language model adds.\n"
+    "Prints the likeliest class and its logit; of a regression, the value; with --tokens, the tokens that a language "
+    "model adds.\n"
     "  --tokens N              generate N tokens\n"
     "  --mode dedicated|resident\n"
     "  --backend onnxruntime|tensorrt|tensorrt-rtx\n"

@@ -62,16 +62,18 @@ LORAFUSE_API const char* lorafuse_error(void);
 LORAFUSE_API int lorafuse_open(const char* bundle, const lorafuse_options* options, lorafuse_runtime** runtime);
 LORAFUSE_API void lorafuse_close(lorafuse_runtime* runtime);
 
-/* The task at `index`, by name, and a task's class label; NULL behind the last one. They live as long as the runtime. */
+/* The task at `index`, by name, and a task's class label; NULL behind the last one. They live as long as the runtime.
+ */
 LORAFUSE_API const char* lorafuse_task(const lorafuse_runtime* runtime, size_t index);
 LORAFUSE_API const char* lorafuse_label(const lorafuse_runtime* runtime, const char* task, size_t index);
 
 /* Run a task; with `adapted` 0, the base under the task's head. Free the outputs with lorafuse_free. */
-LORAFUSE_API int lorafuse_run(lorafuse_runtime* runtime, const char* task, int adapted, const lorafuse_tensor* inputs, size_t count,
-                              lorafuse_outputs** outputs);
+LORAFUSE_API int lorafuse_run(lorafuse_runtime* runtime, const char* task, int adapted, const lorafuse_tensor* inputs,
+                              size_t count, lorafuse_outputs** outputs);
 LORAFUSE_API size_t lorafuse_count(const lorafuse_outputs* outputs);
 
-/* The output at `index`, in the order of the names; its memory belongs to `outputs`. Behind the last one, its name is NULL. */
+/* The output at `index`, in the order of the names; its memory belongs to `outputs`. Behind the last one, its name is
+ * NULL. */
 LORAFUSE_API lorafuse_tensor lorafuse_output(const lorafuse_outputs* outputs, size_t index);
 LORAFUSE_API void lorafuse_free(lorafuse_outputs* outputs);
 

@@ -36,7 +36,8 @@ const TaskRecord& Bundle::task(const std::string& name) const {
     if (found == manifest_.tasks.end()) {
         std::string known;
         for (const auto& [task, _] : manifest_.tasks) known += (known.empty() ? "" : ", ") + task;
-        throw Error(path_.string() + ": no task '" + name + "' in this bundle; it holds: " + (known.empty() ? "none" : known));
+        throw Error(path_.string() + ": no task '" + name +
+                    "' in this bundle; it holds: " + (known.empty() ? "none" : known));
     }
     return found->second;
 }
@@ -68,7 +69,9 @@ Weights Bundle::base_weights(const TaskRecord& task) const {
     return base;
 }
 
-Weights Bundle::own_weights(const TaskRecord& task) const { return task.weights ? opened({*task.weights}, task) : Weights{}; }
+Weights Bundle::own_weights(const TaskRecord& task) const {
+    return task.weights ? opened({*task.weights}, task) : Weights{};
+}
 
 std::string Bundle::weights_sha256(const TaskRecord* task) const {
     std::string told = manifest_.base_sha256 + " " + manifest_.precision;
@@ -109,7 +112,8 @@ fs::path Bundle::checked(const File& file) const {
     const bool settled = ::time(nullptr) - found.st_ctim.tv_sec > kClockStep;
     try {
         const MappedFile mapped(path);
-        if (sha256(mapped.data(), mapped.size()) != file.sha256) refuse(path, "content does not match the manifest's SHA-256");
+        if (sha256(mapped.data(), mapped.size()) != file.sha256)
+            refuse(path, "content does not match the manifest's SHA-256");
     } catch (const std::system_error& error) {
         refuse(path, "can't be read (" + error.code().message() + ")");
     }

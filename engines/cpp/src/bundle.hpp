@@ -36,8 +36,8 @@ public:
     // What the task's graph takes. Throws Error where that is of a dtype that engines don't have.
     std::vector<Port> inputs(const TaskRecord& task) const;
 
-    // The task's ONNX graph, and the parameters that are the base's and the task's own, after the files' hashes were compared.
-    // A base's own head is not among them where the task brought one of another size.
+    // The task's ONNX graph, and the parameters that are the base's and the task's own, after the files' hashes were
+    // compared. A base's own head is not among them where the task brought one of another size.
     std::string model(const TaskRecord& task) const;
     Weights base_weights(const TaskRecord& task) const;
     Weights own_weights(const TaskRecord& task) const;

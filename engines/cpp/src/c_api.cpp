@@ -48,12 +48,14 @@ lorafuse::Options options_of(const lorafuse_options* options) {
                               " is not known; expected LORAFUSE_DEDICATED or LORAFUSE_RESIDENT");
     }
     if (options->backend < LORAFUSE_ONNXRUNTIME || options->backend > LORAFUSE_TENSORRT_RTX) {
-        throw lorafuse::Error("backend " + std::to_string(options->backend) +
-                              " is not known; expected LORAFUSE_ONNXRUNTIME, LORAFUSE_TENSORRT or LORAFUSE_TENSORRT_RTX");
+        throw lorafuse::Error(
+            "backend " + std::to_string(options->backend) +
+            " is not known; expected LORAFUSE_ONNXRUNTIME, LORAFUSE_TENSORRT or LORAFUSE_TENSORRT_RTX");
     }
     const auto mode = options->mode == LORAFUSE_RESIDENT ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
     const auto backend = static_cast<lorafuse::Backend>(options->backend);
-    return {mode, backend, options->threads, options->memory, options->onnxruntime == nullptr ? "" : options->onnxruntime};
+    return {mode, backend, options->threads, options->memory,
+            options->onnxruntime == nullptr ? "" : options->onnxruntime};
 }
 
 lorafuse::Inputs inputs_of(const lorafuse_tensor* tensors, size_t count) {
@@ -65,7 +67,9 @@ lorafuse::Inputs inputs_of(const lorafuse_tensor* tensors, size_t count) {
         if (tensor.rank > 0) given(tensor.shape, "an input's shape");
         const auto dtype = static_cast<lorafuse::DType>(tensor.dtype);
         if (!inputs
-                 .emplace(name, lorafuse::TensorView{dtype, {tensor.shape, tensor.shape + tensor.rank}, tensor.data, tensor.bytes})
+                 .emplace(
+                     name,
+                     lorafuse::TensorView{dtype, {tensor.shape, tensor.shape + tensor.rank}, tensor.data, tensor.bytes})
                  .second) {
             throw lorafuse::Error(std::string("input '") + name + "' is given twice");
         }
@@ -121,7 +125,8 @@ lorafuse_tensor lorafuse_output(const lorafuse_outputs* outputs, size_t index) {
     if (index >= lorafuse_count(outputs)) return {nullptr, LORAFUSE_FLOAT32, nullptr, 0, nullptr, 0};
     const auto& [name, tensor] = outputs->tensors[index];
     const lorafuse::TensorView& view = tensor.view();
-    return {name.c_str(), static_cast<lorafuse_dtype>(view.dtype), view.shape.data(), view.shape.size(), view.data, view.bytes};
+    return {name.c_str(), static_cast<lorafuse_dtype>(view.dtype), view.shape.data(), view.shape.size(), view.data,
+            view.bytes};
 }
 
 void lorafuse_free(lorafuse_outputs* outputs) { delete outputs; }

@@ -36,7 +36,8 @@ Device first_device() {
     if (status != cudaSuccess) throw Error(without_device(status) + " (" + words(status) + ")");
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, 0));
-    return {properties.name, attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrComputeCapabilityMinor)};
+    return {properties.name, attribute(cudaDevAttrComputeCapabilityMajor),
+            attribute(cudaDevAttrComputeCapabilityMinor)};
 }
 
 OnFirstDevice::OnFirstDevice() {

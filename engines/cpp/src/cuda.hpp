@@ -9,7 +9,8 @@
 
 namespace lorafuse {
 
-// The first device. Throws Error where there is none; to be asked before TensorRT's runtime is made, which may crash without one.
+// The first device. Throws Error where there is none; to be asked before TensorRT's runtime is made, which may crash
+// without one.
 Device first_device();
 
 // Inside, the first device is this thread's, whatever the program has made it; afterwards it is as it was.

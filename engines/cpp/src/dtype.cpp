@@ -29,7 +29,8 @@ std::optional<DType> found(Matches matches) {
 }  // namespace
 
 const DTypeNames& names_of(DType dtype) {
-    const auto it = std::find_if(kDTypes.begin(), kDTypes.end(), [&](const DTypeNames& known) { return known.dtype == dtype; });
+    const auto it =
+        std::find_if(kDTypes.begin(), kDTypes.end(), [&](const DTypeNames& known) { return known.dtype == dtype; });
     if (it == kDTypes.end()) throw Error("a dtype that there is not; expected one of lorafuse::DType");
     return *it;
 }

@@ -1,4 +1,5 @@
-// What each dtype is called: in the manifest (numpy's names), in safetensors, in ONNX Runtime, in overridable.cpp's protobuf.
+// What each dtype is called: in the manifest (numpy's names), in safetensors, in ONNX Runtime, in overridable.cpp's
+// protobuf.
 #pragma once
 
 #include <cstddef>

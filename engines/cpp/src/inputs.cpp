@@ -15,7 +15,9 @@ std::string listed(const Names& names) {
     return "[" + text + "]";
 }
 
-std::string described(DType dtype, std::size_t rank) { return std::string(name_of(dtype)) + " of rank " + std::to_string(rank); }
+std::string described(DType dtype, std::size_t rank) {
+    return std::string(name_of(dtype)) + " of rank " + std::to_string(rank);
+}
 
 }  // namespace
 

@@ -24,21 +24,27 @@ const char* type_of(const Json& value) {
     }
 }
 
-[[noreturn]] void malformed(std::size_t byte) { throw JsonError("JSON is malformed (byte " + std::to_string(byte) + ")"); }
+[[noreturn]] void malformed(std::size_t byte) {
+    throw JsonError("JSON is malformed (byte " + std::to_string(byte) + ")");
+}
 
 }  // namespace
 
-void JsonReader::refuse(const std::string& what) const { throw JsonError(place_ == "$" ? what : what + " - at `" + place_ + "`"); }
+void JsonReader::refuse(const std::string& what) const {
+    throw JsonError(place_ == "$" ? what : what + " - at `" + place_ + "`");
+}
 
 void JsonReader::expected(const std::string& type) const {
     refuse("Expected `" + type + (nullable_ ? " | null" : "") + "`, got `" + type_of(value_) + "`");
 }
 
-void JsonReader::check_fields(std::initializer_list<const char*> required, std::initializer_list<const char*> optional) const {
+void JsonReader::check_fields(std::initializer_list<const char*> required,
+                              std::initializer_list<const char*> optional) const {
     if (!value_.is_object()) expected("object");
     const auto known = [&](const std::string& name) {
         const auto same = [&](const char* field) { return name == field; };
-        return std::any_of(required.begin(), required.end(), same) || std::any_of(optional.begin(), optional.end(), same);
+        return std::any_of(required.begin(), required.end(), same) ||
+               std::any_of(optional.begin(), optional.end(), same);
     };
     for (const auto& [name, _] : value_.items()) {
         if (!known(name)) refuse("Object contains unknown field `" + name + "`");
@@ -73,7 +79,8 @@ std::string JsonReader::text() const {
 std::int64_t JsonReader::number() const {
     if (!value_.is_number_integer()) expected("int");
     constexpr std::int64_t kLargest = std::numeric_limits<std::int64_t>::max();
-    if (value_.is_number_unsigned() && value_.get<std::uint64_t>() > static_cast<std::uint64_t>(kLargest)) return kLargest;
+    if (value_.is_number_unsigned() && value_.get<std::uint64_t>() > static_cast<std::uint64_t>(kLargest))
+        return kLargest;
     return value_.get<std::int64_t>();
 }
 
@@ -89,13 +96,15 @@ bool JsonReader::boolean() const {
 
 std::string JsonReader::one_of(std::initializer_list<const char*> values) const {
     const std::string found = text();
-    if (std::find(values.begin(), values.end(), found) == values.end()) refuse("Invalid enum value " + in_quotes(found));
+    if (std::find(values.begin(), values.end(), found) == values.end())
+        refuse("Invalid enum value " + in_quotes(found));
     return found;
 }
 
 void JsonReader::each(const std::function<void(const JsonReader&)>& visit) const {
     if (!value_.is_array()) expected("array");
-    for (std::size_t i = 0; i < value_.size(); ++i) visit(JsonReader(value_[i], place_ + "[" + std::to_string(i) + "]"));
+    for (std::size_t i = 0; i < value_.size(); ++i)
+        visit(JsonReader(value_[i], place_ + "[" + std::to_string(i) + "]"));
 }
 
 void JsonReader::each(const std::function<void(const std::string&, const JsonReader&)>& visit) const {

@@ -22,7 +22,8 @@ public:
 class JsonReader {
 public:
     // Throws unless it is an object with all the required fields, and no other but the optional ones.
-    void check_fields(std::initializer_list<const char*> required, std::initializer_list<const char*> optional = {}) const;
+    void check_fields(std::initializer_list<const char*> required,
+                      std::initializer_list<const char*> optional = {}) const;
 
     // Throws unless it is an object with that field.
     void check_has(const char* field) const;

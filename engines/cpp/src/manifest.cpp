@@ -60,12 +60,14 @@ std::vector<PortRecord> ports_of(const JsonReader& json) {
 std::string key_of(const std::string& name, const JsonReader& order) {
     if (order.is_null()) return name;
     std::string axes;
-    order.or_null().each([&](const JsonReader& axis) { axes += (axes.empty() ? "" : ",") + std::to_string(axis.number()); });
+    order.or_null().each(
+        [&](const JsonReader& axis) { axes += (axes.empty() ? "" : ",") + std::to_string(axis.number()); });
     return name + "@" + axes;
 }
 
 EngineRecord engine_of(const JsonReader& json, Files& files) {
-    json.check_fields({"backend", "version", "target", "model_sha256", "weights_sha256"}, {"file", "mode", "refittable", "proven"});
+    json.check_fields({"backend", "version", "target", "model_sha256", "weights_sha256"},
+                      {"file", "mode", "refittable", "proven"});
     const auto text = [&](const char* field) { return json.at(field).text(); };
     EngineRecord engine{text("backend"),        text("version"), text("target"), text("model_sha256"),
                         text("weights_sha256"), "rebuild",       std::nullopt};
@@ -79,8 +81,9 @@ EngineRecord engine_of(const JsonReader& json, Files& files) {
 Engines engines_of(const JsonReader& owner, Files& files) {
     Engines engines;
     if (!owner.has("engines")) return engines;
-    owner.at("engines").each(
-        [&](const std::string& backend, const JsonReader& engine) { engines.emplace(backend, engine_of(engine, files)); });
+    owner.at("engines").each([&](const std::string& backend, const JsonReader& engine) {
+        engines.emplace(backend, engine_of(engine, files));
+    });
     return engines;
 }
 
@@ -92,7 +95,8 @@ Graph graph_of(const JsonReader& json, Files& files) {
     if (head.has("tied")) head.at("tied").boolean();
     graph.outputs = ports_of(json.at("outputs"));
     graph.inputs = ports_of(json.at("inputs"));
-    json.at("weights").each([&](const std::string& name, const JsonReader& order) { graph.weights[name] = key_of(name, order); });
+    json.at("weights").each(
+        [&](const std::string& name, const JsonReader& order) { graph.weights[name] = key_of(name, order); });
     graph.engines = engines_of(json, files);
     return graph;
 }
@@ -138,8 +142,10 @@ Manifest manifest_of(const JsonReader& json, Files& files) {
 bool is_task_name(const std::string& name) {
     const auto plain = [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); };
     const auto allowed = [&](char c) { return plain(c) || c == '_' || c == '.' || c == '-'; };
-    const bool reserved = name == "manifest" || std::find(std::begin(kFolders), std::end(kFolders), name) != std::end(kFolders);
-    return !name.empty() && name.size() <= 64 && plain(name[0]) && std::all_of(name.begin(), name.end(), allowed) && !reserved;
+    const bool reserved =
+        name == "manifest" || std::find(std::begin(kFolders), std::end(kFolders), name) != std::end(kFolders);
+    return !name.empty() && name.size() <= 64 && plain(name[0]) && std::all_of(name.begin(), name.end(), allowed) &&
+           !reserved;
 }
 
 void check_graphs(const fs::path& path, const Manifest& manifest) {
@@ -158,7 +164,8 @@ void check_graphs(const fs::path& path, const Manifest& manifest) {
 }
 
 void check_labels(const fs::path& path, const TaskRecord& task, const Head& head) {
-    const bool classifies = std::find(std::begin(kClassifiers), std::end(kClassifiers), head.task_type) != std::end(kClassifiers);
+    const bool classifies =
+        std::find(std::begin(kClassifiers), std::end(kClassifiers), head.task_type) != std::end(kClassifiers);
     if (task.labels.empty() || !classifies || head.outputs <= 1) return;
     if (static_cast<std::int64_t>(task.labels.size()) == head.outputs) return;
     throw Error(path.string() + ": task '" + task.name + "' has " + std::to_string(task.labels.size()) +
@@ -169,12 +176,13 @@ void check_tasks(const fs::path& path, const Manifest& manifest) {
     for (const auto& [name, task] : manifest.tasks) {
         if (!is_task_name(name)) {
             throw Error("task name " + in_quotes(name) +
-                        " can't be used; expected lower-case letters, digits, '_', '.', '-', and none of adapters, base, engines, "
+                        " can't be used; expected lower-case letters, digits, '_', '.', '-', and none of adapters, "
+                        "base, engines, "
                         "manifest");
         }
         if (manifest.graphs.count(task.graph) == 0) {
-            throw Error(path.string() + ": task '" + name + "' names the graph " + in_quotes(beginning(task.graph, 12)) +
-                        "…, which the manifest lacks; export the task again");
+            throw Error(path.string() + ": task '" + name + "' names the graph " +
+                        in_quotes(beginning(task.graph, 12)) + "…, which the manifest lacks; export the task again");
         }
         check_labels(path, task, manifest.graphs.at(task.graph).head);
     }
@@ -193,7 +201,8 @@ std::vector<std::string> parts_of(const std::string& path) {
 
 // As Python says it of a file that the system refuses.
 [[noreturn]] void refuse(const std::error_code& error, const fs::path& path) {
-    throw JsonError("[Errno " + std::to_string(error.value()) + "] " + error.message() + ": " + in_quotes(path.string()));
+    throw JsonError("[Errno " + std::to_string(error.value()) + "] " + error.message() + ": " +
+                    in_quotes(path.string()));
 }
 
 bool is_link(const fs::path& path) {
@@ -264,7 +273,8 @@ Manifest read_manifest(const fs::path& bundle) {
         check_paths(bundle, files);
         return manifest;
     } catch (const JsonError& error) {
-        throw Error(path.string() + ": not a bundle's manifest (" + printable(error.what()) + "); export the tasks again");
+        throw Error(path.string() + ": not a bundle's manifest (" + printable(error.what()) +
+                    "); export the tasks again");
     }
 }
 

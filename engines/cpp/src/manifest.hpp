@@ -1,5 +1,5 @@
-// The bundle's manifest, as docs/bundle.md and exporter/bundle/manifest.py have it; here as far as a runtime needs it, but
-// checked whole.
+// The bundle's manifest, as docs/bundle.md and exporter/bundle/manifest.py have it; here as far as a runtime needs it,
+// but checked whole.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,8 @@ struct Manifest {
 // The path as Python shows it: without needless dots and slashes.
 std::filesystem::path tidy(const std::filesystem::path& path);
 
-// The manifest of the bundle in `bundle`. Throws Error when it is none, is damaged, is of another schema or leads out of the
-// bundle.
+// The manifest of the bundle in `bundle`. Throws Error when it is none, is damaged, is of another schema or leads out
+// of the bundle.
 Manifest read_manifest(const std::filesystem::path& bundle);
 
 }  // namespace lorafuse

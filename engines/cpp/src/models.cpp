@@ -35,8 +35,8 @@ Tensors chosen(const Bundle& bundle, const Stored& stored, const std::set<std::s
     for (const std::string& name : names) {
         const bool in_own = own.count(name) != 0, in_base = base.count(name) != 0;
         if (!in_own && !in_base) {
-            throw Error(bundle.path().string() + ": neither the base nor task '" + stored.task.name + "' has the weight '" + name +
-                        "'; export the task again");
+            throw Error(bundle.path().string() + ": neither the base nor task '" + stored.task.name +
+                        "' has the weight '" + name + "'; export the task again");
         }
         values.emplace(name, in_own && (adapted || !in_base) ? own.at(name) : base.at(name));
     }

@@ -11,7 +11,8 @@ namespace lorafuse {
 
 // A task's weights, as the bundle stores them.
 struct Stored {
-    Stored(const Bundle& bundle, const TaskRecord& of) : task(of), base(bundle.base_weights(of)), own(bundle.own_weights(of)) {}
+    Stored(const Bundle& bundle, const TaskRecord& of)
+        : task(of), base(bundle.base_weights(of)), own(bundle.own_weights(of)) {}
 
     const TaskRecord& task;
     Weights base, own;

@@ -30,7 +30,8 @@ Environment::Environment(const std::string& library) {
                     "); give its library's path as Options::onnxruntime");
     auto* entry = reinterpret_cast<const OrtApiBase* (*)() noexcept>(::dlsym(loaded, "OrtGetApiBase"));
     if (entry == nullptr)
-        throw Error(library + ": not ONNX Runtime (it has no OrtGetApiBase); give its library's path as Options::onnxruntime");
+        throw Error(library +
+                    ": not ONNX Runtime (it has no OrtGetApiBase); give its library's path as Options::onnxruntime");
     version_ = entry()->GetVersionString();
     api_ = entry()->GetApi(kApiVersion);
     if (api_ == nullptr) throw Error(library + ": ONNX Runtime " + version_ + " is too old; expected 1.12 or newer");
@@ -57,8 +58,8 @@ Handle<OrtValue> Environment::value_of(const TensorView& tensor) const {
         throw Error("a tensor of " + std::to_string(tensor.bytes) + " bytes lies nowhere; give its data");
     OrtValue* value = nullptr;
     const auto element = static_cast<ONNXTensorElementDataType>(names_of(tensor.dtype).element);
-    check(api_->CreateTensorWithDataAsOrtValue(memory_.get(), const_cast<void*>(tensor.data), tensor.bytes, tensor.shape.data(),
-                                               tensor.shape.size(), element, &value));
+    check(api_->CreateTensorWithDataAsOrtValue(memory_.get(), const_cast<void*>(tensor.data), tensor.bytes,
+                                               tensor.shape.data(), tensor.shape.size(), element, &value));
     return owned(value, api_->ReleaseValue);
 }
 
@@ -80,8 +81,8 @@ Session::Session(std::shared_ptr<const Environment> environment, const Model& mo
     try {  // some kernels prepack weights in a form that can't be shared, and refuse: then the session has its own
         open(model, threads, {});
     } catch (const Error& error) {
-        throw Error(model.folder.string() + ": ONNX Runtime " + environment_->version() + " can't load the model (" + error.what() +
-                    ")");
+        throw Error(model.folder.string() + ": ONNX Runtime " + environment_->version() + " can't load the model (" +
+                    error.what() + ")");
     }
 }
 
@@ -110,8 +111,8 @@ void Session::open(const Model& model, int threads, const Tensors& shared) {
     }
     if (!names.empty()) check(api.AddExternalInitializers(options, names.data(), values.data(), names.size()));
     OrtSession* session = nullptr;
-    check(api.CreateSessionFromArrayWithPrepackedWeightsContainer(environment_->env(), model.graph.data(), model.graph.size(),
-                                                                  options, environment_->prepacked(), &session));
+    check(api.CreateSessionFromArrayWithPrepackedWeightsContainer(
+        environment_->env(), model.graph.data(), model.graph.size(), options, environment_->prepacked(), &session));
     session_ = owned(session, api.ReleaseSession);
     read_ports();
 }
@@ -177,7 +178,8 @@ Outputs Session::run(const Inputs& inputs, const Bound& bound) const {
                                                     output_names_.data(), output_names_.size(), found.data()));
     } catch (const Error& error) {
         // The inputs are looked at only when ONNX Runtime has refused them.
-        throw Error(misfit(inputs, inputs_).value_or("ONNX Runtime can't run these inputs (" + std::string(error.what()) + ")"));
+        throw Error(misfit(inputs, inputs_)
+                        .value_or("ONNX Runtime can't run these inputs (" + std::string(error.what()) + ")"));
     }
     std::vector<Handle<OrtValue>> made;
     for (OrtValue* value : found) made.push_back(owned(value, environment_->api().ReleaseValue));
@@ -198,8 +200,9 @@ Tensor Session::tensor_of(Handle<OrtValue> value) const {
     content.bytes = size_of(content.dtype);
     for (const std::int64_t size : content.shape) content.bytes *= static_cast<std::size_t>(size);
     const auto release = [environment = environment_](OrtValue* held) { environment->api().ReleaseValue(held); };
-    return Tensor(std::move(content),
-                  std::shared_ptr<void>(value.release(), [release](void* held) { release(static_cast<OrtValue*>(held)); }));
+    return Tensor(std::move(content), std::shared_ptr<void>(value.release(), [release](void* held) {
+                      release(static_cast<OrtValue*>(held));
+                  }));
 }
 
 }  // namespace lorafuse

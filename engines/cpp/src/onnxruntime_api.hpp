@@ -1,7 +1,8 @@
 // ONNX Runtime's C API: the official header where it is given, else a declaration of our own of what is called here.
 //
 // The API is one table of functions, to whose end new versions append; what has shipped is never moved
-// (https://github.com/microsoft/onnxruntime, onnxruntime/core/session/onnxruntime_c_api.cc). Each entry below is held to its place.
+// (https://github.com/microsoft/onnxruntime, onnxruntime/core/session/onnxruntime_c_api.cc). Each entry below is held
+// to its place.
 #pragma once
 
 #ifdef LORAFUSE_ONNXRUNTIME_HEADER
@@ -59,8 +60,8 @@ struct OrtApi {
     OrtStatus* (*SessionGetInputName)(const OrtSession*, std::size_t, OrtAllocator*, char**) noexcept;
     OrtStatus* (*SessionGetOutputName)(const OrtSession*, std::size_t, OrtAllocator*, char**) noexcept;
     void* unused_38[11];
-    OrtStatus* (*CreateTensorWithDataAsOrtValue)(const OrtMemoryInfo*, void*, std::size_t, const std::int64_t*, std::size_t,
-                                                 ONNXTensorElementDataType, OrtValue**) noexcept;
+    OrtStatus* (*CreateTensorWithDataAsOrtValue)(const OrtMemoryInfo*, void*, std::size_t, const std::int64_t*,
+                                                 std::size_t, ONNXTensorElementDataType, OrtValue**) noexcept;
     void* unused_50[1];
     OrtStatus* (*GetTensorMutableData)(OrtValue*, void**) noexcept;
     void* unused_52[3];
@@ -96,10 +97,12 @@ struct OrtApi {
     void (*ReleasePrepackedWeightsContainer)(OrtPrepackedWeightsContainer*) noexcept;
     void* unused_168[1];
     OrtStatus* (*CreateSessionFromArrayWithPrepackedWeightsContainer)(const OrtEnv*, const void*, std::size_t,
-                                                                      const OrtSessionOptions*, OrtPrepackedWeightsContainer*,
+                                                                      const OrtSessionOptions*,
+                                                                      OrtPrepackedWeightsContainer*,
                                                                       OrtSession**) noexcept;
     void* unused_170[40];
-    OrtStatus* (*AddExternalInitializers)(OrtSessionOptions*, const char* const*, const OrtValue* const*, std::size_t) noexcept;
+    OrtStatus* (*AddExternalInitializers)(OrtSessionOptions*, const char* const*, const OrtValue* const*,
+                                          std::size_t) noexcept;
 };
 
 struct OrtApiBase {

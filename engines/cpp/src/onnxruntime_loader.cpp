@@ -27,16 +27,16 @@ public:
     OnnxRuntimeLoader(const Bundle& bundle, const Options& options)
         : bundle_(bundle),
           options_(options),
-          environment_(
-              std::make_shared<Environment>(options.onnxruntime.empty() ? LORAFUSE_ONNXRUNTIME_LIBRARY : options.onnxruntime)) {}
+          environment_(std::make_shared<Environment>(options.onnxruntime.empty() ? LORAFUSE_ONNXRUNTIME_LIBRARY
+                                                                                 : options.onnxruntime)) {}
 
     bool takes(const TaskRecord& task) const override { return !task.factors; }
 
     std::shared_ptr<const Loaded> load(const TaskRecord& task, bool adapted) override {
         if (!takes(task)) {
-            throw Error(
-                bundle_.path().string() + ": task '" + task.name +
-                "' is stored as factors, which the Python runtime merges and this one does not; add it with '--store dense'");
+            throw Error(bundle_.path().string() + ": task '" + task.name +
+                        "' is stored as factors, which the Python runtime merges and this one does not; add it with "
+                        "'--store dense'");
         }
         return options_.mode == Mode::dedicated ? dedicated(task, adapted) : resident(task, adapted);
     }
@@ -68,7 +68,8 @@ private:
         auto loaded = std::make_shared<LoadedSession>(bundle_, task);
         for (const auto& [name, _] : loaded->stored.own.tensors) {
             if (graph.exchanged.count(name) == 0) {
-                throw Error("task '" + task.name + "' could not be read when the runtime opened its graph, and changes '" + name +
+                throw Error("task '" + task.name +
+                            "' could not be read when the runtime opened its graph, and changes '" + name +
                             "'; open the runtime again");
             }
         }

@@ -8,8 +8,8 @@ namespace lorafuse {
 namespace {
 
 // onnx.proto3: the numbers of the fields on the way from a model to an input's dimension.
-constexpr std::uint64_t kModelGraph = 7, kGraphInput = 11, kValueName = 1, kValueType = 2, kTypeTensor = 1, kTensorElement = 1,
-                        kTensorShape = 2, kShapeDimension = 1, kDimensionValue = 1;
+constexpr std::uint64_t kModelGraph = 7, kGraphInput = 11, kValueName = 1, kValueType = 2, kTypeTensor = 1,
+                        kTensorElement = 1, kTensorShape = 2, kShapeDimension = 1, kDimensionValue = 1;
 
 // Seven bits a byte, the lowest first; all but the last byte have the highest bit set.
 std::string varint(std::uint64_t value) {
@@ -36,7 +36,8 @@ std::string input_of(const std::string& name, const TensorView& tensor) {
 
 }  // namespace
 
-// A message that comes twice is merged field by field (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
+// A message that comes twice is merged field by field
+// (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
 std::string overridable(const std::string& model, const std::map<std::string, TensorView>& values) {
     std::string inputs;
     for (const auto& [name, tensor] : values) inputs += message(kGraphInput, input_of(name, tensor));

@@ -8,7 +8,8 @@
 
 namespace lorafuse {
 
-// `model`, serialized, with the initializers that `values` name as inputs of their dtypes and shapes. See engines/overridable.py.
+// `model`, serialized, with the initializers that `values` name as inputs of their dtypes and shapes. See
+// engines/serving/overridable.py.
 std::string overridable(const std::string& model, const std::map<std::string, TensorView>& values);
 
 }  // namespace lorafuse

@@ -11,8 +11,8 @@ constexpr int kAmpere = 8;  // the major compute capability
 // As Python's shlex.quote: a word that a shell takes as it is.
 std::string quoted(const std::string& word) {
     const auto is_plain = [](unsigned char c) {
-        return c < 128 &&
-               (std::isalnum(c) != 0 || std::string_view("_@%+=:,./-").find(static_cast<char>(c)) != std::string_view::npos);
+        return c < 128 && (std::isalnum(c) != 0 ||
+                           std::string_view("_@%+=:,./-").find(static_cast<char>(c)) != std::string_view::npos);
     };
     if (!word.empty() && std::all_of(word.begin(), word.end(), is_plain)) return word;
     std::string text = "'";
@@ -35,9 +35,9 @@ struct Wanted {
     const std::string& backend;
 
     Error refusal(const std::string& reason, const std::string& mode) const {
-        return Error(bundle.path().string() + ": " + reason + "; run 'lorafuse build " + quoted(bundle.path().string()) +
-                     " --task " + task.name + " --backend " + backend + (mode == "rebuild" ? "" : " --mode " + mode) +
-                     (adapted ? "" : " --unadapted") + "'");
+        return Error(bundle.path().string() + ": " + reason + "; run 'lorafuse build " +
+                     quoted(bundle.path().string()) + " --task " + task.name + " --backend " + backend +
+                     (mode == "rebuild" ? "" : " --mode " + mode) + (adapted ? "" : " --unadapted") + "'");
     }
 
     Error unusable(const std::string& reason, const std::string& mode) const {
@@ -72,7 +72,8 @@ std::filesystem::path plan_of(const Bundle& bundle, const TaskRecord& task, bool
     const EngineRecord& engine = recorded(wanted);
     if (engine.mode == "stripped")
         throw wanted.unusable("its weights are put in at load, which this runtime does not do", "rebuild");
-    if (adapted && (engine.model_sha256 != task.model.sha256 || engine.weights_sha256 != bundle.weights_sha256(&task))) {
+    if (adapted &&
+        (engine.model_sha256 != task.model.sha256 || engine.weights_sha256 != bundle.weights_sha256(&task))) {
         throw wanted.unusable("it was built from an earlier export of the task", engine.mode);
     }
     if (!adapted && engine.weights_sha256 != bundle.weights_sha256(nullptr)) {
@@ -81,7 +82,8 @@ std::filesystem::path plan_of(const Bundle& bundle, const TaskRecord& task, bool
     if (!engine.file) throw wanted.unusable("the manifest names no plan", engine.mode);
     std::filesystem::path plan = bundle.checked(*engine.file);
     if (!is_version(engine.version, library.version)) {
-        throw wanted.unusable("it was built by version " + engine.version + ", and this is " + library.version, engine.mode);
+        throw wanted.unusable("it was built by version " + engine.version + ", and this is " + library.version,
+                              engine.mode);
     }
     const Device device = library.device();
     if (!runs_on(engine.target, device.major, device.minor)) {

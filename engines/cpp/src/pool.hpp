@@ -1,5 +1,5 @@
 // Things that are loaded when they are first used, shared by threads, and given up in the order of their last use when
-// memory is short. See engines/pool.py.
+// memory is short. See engines/serving/pool.py.
 #pragma once
 
 #include <algorithm>
@@ -17,17 +17,19 @@
 
 namespace lorafuse {
 
-// At most `budget` bytes of things by key (0: no bound). What is in use is never given up: who needs the room waits for it.
+// At most `budget` bytes of things by key (0: no bound). What is in use is never given up: who needs the room waits for
+// it.
 template <typename Key, typename Value>
 class Pool {
 public:
     using Load = std::function<std::shared_ptr<const Value>(const Key&)>;
     using Cost = std::function<std::uint64_t(const Key&)>;
 
-    Pool(Load load, Cost cost, std::uint64_t budget) : load_(std::move(load)), cost_(std::move(cost)), budget_(budget) {}
+    Pool(Load load, Cost cost, std::uint64_t budget)
+        : load_(std::move(load)), cost_(std::move(cost)), budget_(budget) {}
 
-    // The thing of `key`, in use for as long as a copy of the pointer lives. Throws what loading it throws; the next use loads
-    // anew.
+    // The thing of `key`, in use for as long as a copy of the pointer lives. Throws what loading it throws; the next
+    // use loads anew.
     std::shared_ptr<const Value> use(const Key& key) {
         std::unique_lock lock(mutex_);
         auto entry = find(key);
@@ -67,7 +69,8 @@ private:
 
     // A failed entry is only there for those who still wait for it.
     Place find(const Key& key) {
-        return std::find_if(entries_.begin(), entries_.end(), [&](const Entry& entry) { return entry.key == key && !entry.error; });
+        return std::find_if(entries_.begin(), entries_.end(),
+                            [&](const Entry& entry) { return entry.key == key && !entry.error; });
     }
 
     std::shared_ptr<const Value> loaded(std::unique_lock<std::mutex>& lock, Place entry) {
@@ -112,7 +115,8 @@ private:
                         std::to_string(budget_) + "; raise it");
         }
         while (used() > budget_ - cost) {
-            const auto idle = std::find_if(entries_.begin(), entries_.end(), [](const Entry& entry) { return entry.users == 0; });
+            const auto idle =
+                std::find_if(entries_.begin(), entries_.end(), [](const Entry& entry) { return entry.users == 0; });
             if (idle == entries_.end()) return false;
             entries_.erase(idle);
         }

@@ -12,7 +12,8 @@ struct Range {
     std::uint32_t first, last;
 };
 
-// Unicode's categories Cc, Cf, Co, Cs, Zl, Zp and Zs (but for the space); characters not assigned yet between two of them count.
+// Unicode's categories Cc, Cf, Co, Cs, Zl, Zp and Zs (but for the space); characters not assigned yet between two of
+// them count.
 constexpr std::array<Range, 25> kHidden = {
     {{0, 0x1f},          {0x7f, 0xa0},       {0xad, 0xad},       {0x600, 0x605},     {0x61c, 0x61c},
      {0x6dd, 0x6dd},     {0x70f, 0x70f},     {0x890, 0x891},     {0x8e2, 0x8e2},     {0x1680, 0x1680},
@@ -43,7 +44,11 @@ std::string escaped(std::uint32_t character) {
         default: break;
     }
     char text[11];
-    std::snprintf(text, sizeof text, character < 0x100 ? "\\x%02x" : character < 0x10000 ? "\\u%04x" : "\\U%08x", character);
+    std::snprintf(text, sizeof text,
+                  character < 0x100     ? "\\x%02x"
+                  : character < 0x10000 ? "\\u%04x"
+                                        : "\\U%08x",
+                  character);
     return text;
 }
 
@@ -62,12 +67,14 @@ std::string printable(std::string_view text) {
 
 std::string_view beginning(std::string_view text, std::size_t characters) {
     std::size_t end = 0;
-    for (std::size_t bytes = 0; characters > 0 && end < text.size(); --characters, end += bytes) front(text.substr(end), bytes);
+    for (std::size_t bytes = 0; characters > 0 && end < text.size(); --characters, end += bytes)
+        front(text.substr(end), bytes);
     return text.substr(0, end);
 }
 
 std::string in_quotes(std::string_view text) {
-    const char quote = text.find('\'') != std::string_view::npos && text.find('"') == std::string_view::npos ? '"' : '\'';
+    const char quote =
+        text.find('\'') != std::string_view::npos && text.find('"') == std::string_view::npos ? '"' : '\'';
     std::string content;
     for (const char c : text) content += c == '\\' || c == quote ? std::string{'\\', c} : std::string{c};
     return quote + printable(content) + quote;

@@ -6,7 +6,8 @@
 
 namespace lorafuse {
 
-// Whether the UTF-8 text has only characters that show: no controls, no formats (which can turn a line around), no private ones.
+// Whether the UTF-8 text has only characters that show: no controls, no formats (which can turn a line around), no
+// private ones.
 bool is_printable(std::string_view text);
 
 // The text with those characters escaped, as Python's unicode_escape has them.

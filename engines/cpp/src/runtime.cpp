@@ -10,7 +10,8 @@ namespace lorafuse {
 namespace {
 
 std::unique_ptr<Loader> loader_of(const Bundle& bundle, const Options& options) {
-    return options.backend == Backend::onnxruntime ? onnxruntime_loader(bundle, options) : tensorrt_loader(bundle, options);
+    return options.backend == Backend::onnxruntime ? onnxruntime_loader(bundle, options)
+                                                   : tensorrt_loader(bundle, options);
 }
 
 }  // namespace
@@ -31,7 +32,8 @@ struct Runtime::State {
     Pool<Key, Loaded> tasks;
 };
 
-Runtime::Runtime(const std::filesystem::path& bundle, const Options& options) : state_(std::make_shared<State>(bundle, options)) {}
+Runtime::Runtime(const std::filesystem::path& bundle, const Options& options)
+    : state_(std::make_shared<State>(bundle, options)) {}
 Runtime::~Runtime() = default;
 Runtime::Runtime(Runtime&&) noexcept = default;
 Runtime& Runtime::operator=(Runtime&&) noexcept = default;
@@ -52,12 +54,18 @@ std::vector<std::string> Runtime::loaded() const {
     return names;
 }
 
-const std::vector<std::string>& Runtime::labels(const std::string& task) const { return state_->bundle.task(task).labels; }
+const std::vector<std::string>& Runtime::labels(const std::string& task) const {
+    return state_->bundle.task(task).labels;
+}
 
-std::vector<Port> Runtime::inputs(const std::string& task) const { return state_->bundle.inputs(state_->bundle.task(task)); }
+std::vector<Port> Runtime::inputs(const std::string& task) const {
+    return state_->bundle.inputs(state_->bundle.task(task));
+}
 
 Task Runtime::use(const std::string& task, bool adapted) { return Task(state_, state_->tasks.use({task, adapted})); }
 
-Outputs Runtime::run(const std::string& task, const Inputs& inputs, bool adapted) { return use(task, adapted).run(inputs); }
+Outputs Runtime::run(const std::string& task, const Inputs& inputs, bool adapted) {
+    return use(task, adapted).run(inputs);
+}
 
 }  // namespace lorafuse

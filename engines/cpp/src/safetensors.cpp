@@ -52,7 +52,8 @@ Entry entry_of(const std::filesystem::path& path, const std::string& name, const
     described.at("shape").each([&](const JsonReader& size) { shape.push_back(not_negative(size)); });
     described.at("data_offsets").each([&](const JsonReader& offset) { offsets.push_back(not_negative(offset)); });
     if (offsets.size() != 2) throw JsonError("expected 2 offsets of " + in_quotes(name));
-    return {name, *dtype, std::move(shape), static_cast<std::uint64_t>(offsets[0]), static_cast<std::uint64_t>(offsets[1])};
+    return {name, *dtype, std::move(shape), static_cast<std::uint64_t>(offsets[0]),
+            static_cast<std::uint64_t>(offsets[1])};
 }
 
 // The header's text, and where the data starts.
@@ -68,11 +69,13 @@ std::string_view header_of(const std::filesystem::path& path, const MappedFile& 
 
 // Every byte of data belongs to exactly one tensor: no gaps, no overlaps, nothing behind.
 void check_coverage(const std::filesystem::path& path, std::vector<Entry>& entries, std::uint64_t size) {
-    std::sort(entries.begin(), entries.end(),
-              [](const Entry& one, const Entry& two) { return std::tie(one.start, one.end) < std::tie(two.start, two.end); });
+    std::sort(entries.begin(), entries.end(), [](const Entry& one, const Entry& two) {
+        return std::tie(one.start, one.end) < std::tie(two.start, two.end);
+    });
     std::uint64_t at = 0;
     for (const Entry& entry : entries) {
-        if (entry.start != at || entry.end < at) refuse(path, "invalid offset for tensor `" + printable(entry.name) + "`");
+        if (entry.start != at || entry.end < at)
+            refuse(path, "invalid offset for tensor `" + printable(entry.name) + "`");
         const auto bytes = bytes_of(entry.shape, entry.dtype);
         if (!bytes) refuse(path, "overflow computing buffer size from shape and/or element type");
         if (bytes != entry.end - entry.start) refuse(path, "invalid shape, data type, or offset for tensor");
@@ -94,7 +97,8 @@ TensorFile::TensorFile(const std::filesystem::path& path) try : file_(path) {
     check_coverage(path, entries, file_.size() - data_start);
     for (Entry& entry : entries) {
         const std::byte* data = file_.data() + data_start + entry.start;
-        tensors_[entry.name] = {entry.dtype, std::move(entry.shape), data, static_cast<std::size_t>(entry.end - entry.start)};
+        tensors_[entry.name] = {entry.dtype, std::move(entry.shape), data,
+                                static_cast<std::size_t>(entry.end - entry.start)};
     }
 } catch (const JsonError& error) {
     refuse(path, "invalid JSON in header: " + printable(error.what()));

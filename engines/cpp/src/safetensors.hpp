@@ -1,5 +1,5 @@
-// A safetensors file (https://github.com/huggingface/safetensors#format): eight bytes of header size, a JSON header, then
-// the tensors' bytes without gaps. Its header is checked as a stranger's.
+// A safetensors file (https://github.com/huggingface/safetensors#format): eight bytes of header size, a JSON header,
+// then the tensors' bytes without gaps. Its header is checked as a stranger's.
 #pragma once
 
 #include <map>
@@ -12,7 +12,8 @@ namespace lorafuse {
 
 class TensorFile {
 public:
-    // Throws Error when the file is missing, is not safetensors, is truncated, or holds a dtype that engines don't take.
+    // Throws Error when the file is missing, is not safetensors, is truncated, or holds a dtype that engines don't
+    // take.
     explicit TensorFile(const std::filesystem::path& path);
 
     // The tensors by name. They lie in the file's mapping, and live as long as this object.

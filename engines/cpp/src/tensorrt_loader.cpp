@@ -1,5 +1,5 @@
-// Tasks as TensorRT's plans: an engine for each, with a context, a stream, and buffers for the largest shapes of its profiles.
-// API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/c-api/
+// Tasks as TensorRT's plans: an engine for each, with a context, a stream, and buffers for the largest shapes of its
+// profiles. API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/c-api/
 #include <NvInferRuntime.h>
 
 #include <algorithm>
@@ -48,7 +48,8 @@ public:
         const std::lock_guard lock(mutex_);
         std::string said = std::exchange(said_, "");
         std::replace_if(said.begin(), said.end(), [](char c) { return c == '\n' || c == '\r'; }, ' ');
-        return Error(std::string(kBackend) + " " + version() + ": " + what + ": " + (said.empty() ? "it gave no reason" : said));
+        return Error(std::string(kBackend) + " " + version() + ": " + what + ": " +
+                     (said.empty() ? "it gave no reason" : said));
     }
 
 private:
@@ -151,7 +152,8 @@ public:
 private:
     std::unique_ptr<nvinfer1::ICudaEngine> deserialized(const std::filesystem::path& path) {
         const MappedFile plan(path);
-        return made(runtime_->deserializeCudaEngine(plan.data(), plan.size()), path.string() + ": the plan was refused");
+        return made(runtime_->deserializeCudaEngine(plan.data(), plan.size()),
+                    path.string() + ": the plan was refused");
     }
 
     void read_ports() {
@@ -188,7 +190,8 @@ private:
         }
         for (const auto& [name, size] : sizes) {
             const Buffer& buffer = buffers_.try_emplace(name, size).first->second;
-            if (!context_->setTensorAddress(name.c_str(), buffer.device())) throw the_log().error("no address for '" + name + "'");
+            if (!context_->setTensorAddress(name.c_str(), buffer.device()))
+                throw the_log().error("no address for '" + name + "'");
         }
     }
 
@@ -213,7 +216,8 @@ private:
         const auto fits = [&](const Profile& profile) { return profile.takes(shapes); };
         const auto found = std::find_if(profiles_.rbegin(), profiles_.rend(), fits);
         if (found == profiles_.rend()) {
-            throw Error("no optimization profile of this engine takes " + shown(shapes) + "; build it with a --profile that does");
+            throw Error("no optimization profile of this engine takes " + shown(shapes) +
+                        "; build it with a --profile that does");
         }
         choose(static_cast<std::size_t>(std::distance(found, profiles_.rend()) - 1));
         for (const auto& [name, shape] : shapes) set_shape(name, shape);
@@ -222,7 +226,8 @@ private:
     std::size_t bytes_now(const std::string& name, DType dtype) const {
         const auto bytes = bytes_of(shape_of(context_->getTensorShape(name.c_str())), dtype);
         if (bytes) return static_cast<std::size_t>(*bytes);
-        throw Error("output '" + name + "' has a size that depends on the data; expected one that follows from the inputs' shapes");
+        throw Error("output '" + name +
+                    "' has a size that depends on the data; expected one that follows from the inputs' shapes");
     }
 
     // Memory for an output, and its way there begun.
@@ -266,7 +271,9 @@ public:
         return {new Plan(plan), unload};
     }
 
-    std::uint64_t cost(const TaskRecord& task, bool adapted) const override { return plan_size(bundle_, task, adapted, kBackend); }
+    std::uint64_t cost(const TaskRecord& task, bool adapted) const override {
+        return plan_size(bundle_, task, adapted, kBackend);
+    }
 
 private:
     const Bundle& bundle_;

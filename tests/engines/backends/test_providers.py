@@ -16,11 +16,16 @@ from engines.backends.providers import PLUGIN, cache_options
 from exporter.bundle.manifest import Bundle
 from lora.errors import EngineError
 
-ON_CPU = pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has GPU providers")
+ON_CPU = pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has GPU providers"
+)
 
 
 @ON_CPU
-@pytest.mark.parametrize(("name", "provider"), [("onnxruntime-cuda", "CUDAExecutionProvider"), ("onnxruntime-tensorrt", "TensorrtExecutionProvider")])
+@pytest.mark.parametrize(
+    ("name", "provider"),
+    [("onnxruntime-cuda", "CUDAExecutionProvider"), ("onnxruntime-tensorrt", "TensorrtExecutionProvider")],
+)
 def test_a_provider_that_this_onnx_runtime_lacks_is_refused(tiny_bundle: Bundle, name: str, provider: str):
     """ONNX Runtime itself would warn and take the CPU's."""
     has = ", ".join(onnxruntime.get_available_providers())
@@ -31,14 +36,22 @@ def test_a_provider_that_this_onnx_runtime_lacks_is_refused(tiny_bundle: Bundle,
 
 @pytest.mark.skipif(find_spec(PLUGIN) is not None, reason="the plugin is installed here")
 def test_a_plugin_that_is_not_installed_is_refused(tiny_bundle: Bundle):
-    with pytest.raises(EngineError, match=r"\ANvTensorRTRTXExecutionProvider is not installed \(No module .*\); install onnxruntime-ep-nv-tensorrt-rtx"):
+    with pytest.raises(
+        EngineError,
+        match=(
+            r"\ANvTensorRTRTXExecutionProvider is not installed \(No module .*\); install"
+            r" onnxruntime-ep-nv-tensorrt-rtx"
+        ),
+    ):
         engines.load(tiny_bundle.path, "first", "onnxruntime-rtx")
 
 
 @pytest.mark.skipif(find_spec(PLUGIN) is None, reason="the plugin is not installed here")
 @pytest.mark.usefixtures("no_device")
 def test_a_plugin_without_a_device_says_so(tiny_bundle: Bundle):
-    with pytest.raises(NoDeviceError, match=r"NvTensorRTRTXExecutionProvider (finds no device|can't be registered .*libcuda)"):
+    with pytest.raises(
+        NoDeviceError, match=r"NvTensorRTRTXExecutionProvider (finds no device|can't be registered .*libcuda)"
+    ):
         engines.load(tiny_bundle.path, "first", "onnxruntime-rtx")
 
 
@@ -50,7 +63,7 @@ def test_options_for_the_cpu_are_refused(tiny_bundle: Bundle):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime-tensorrt", "onnxruntime-rtx"])
 def test_tasks_with_one_graph_have_caches_of_their_own(runtime: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The TensorRT provider names an engine by its graph: in one folder, a task would be answered by another's engine."""
+    """The TensorRT provider names an engine by its graph: in one folder, a task would get another's engine."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ones, zeros = np.ones(3, np.float32), np.zeros(3, np.float32)
     model = Model(b"graph", Path())
@@ -69,4 +82,6 @@ def test_tasks_with_one_graph_have_caches_of_their_own(runtime: str, monkeypatch
 
 
 def test_other_providers_keep_no_cache():
-    assert cache_options("onnxruntime", Model(b"", Path())) == cache_options("onnxruntime-cuda", Model(b"", Path())) == {}
+    assert (
+        cache_options("onnxruntime", Model(b"", Path())) == cache_options("onnxruntime-cuda", Model(b"", Path())) == {}
+    )

@@ -15,14 +15,16 @@ constexpr std::uint64_t kBudget = 3;
 
 struct Counts {
     std::array<std::atomic<int>, kKeys> alive{};
-    std::atomic<int> all{0}, loads{0}, refused{0}, broken{0};  // `all` that are alive: a sum over keys is no moment's number
+    std::atomic<int> all{0}, loads{0}, refused{0},
+        broken{0};  // `all` that are alive: a sum over keys is no moment's number
 };
 
 struct Thing {
     Counts& counts;
     int key;
     Thing(Counts& all, int of) : counts(all), key(of) {
-        if (++counts.alive[static_cast<std::size_t>(key)] != 1 || ++counts.all > static_cast<int>(kBudget)) ++counts.broken;
+        if (++counts.alive[static_cast<std::size_t>(key)] != 1 || ++counts.all > static_cast<int>(kBudget))
+            ++counts.broken;
     }
     ~Thing() { --counts.alive[static_cast<std::size_t>(key)], --counts.all; }
     Thing(const Thing&) = delete;

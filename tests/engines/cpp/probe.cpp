@@ -20,7 +20,8 @@ using lorafuse::Outputs;
 
 void hash(const std::string& path) {
     const lorafuse::MappedFile file(path);
-    std::cout << lorafuse::sha256(file.data(), file.size()) << ' ' << lorafuse::sha256_portable(file.data(), file.size()) << '\n';
+    std::cout << lorafuse::sha256(file.data(), file.size()) << ' '
+              << lorafuse::sha256_portable(file.data(), file.size()) << '\n';
 }
 
 void tensors(const std::string& path) {
@@ -48,11 +49,13 @@ void opened(const std::string& path) {
 }
 
 // The plan that a library of this version would load of the task on a device of this capability.
-void plan(const std::string& path, const std::string& task, bool adapted, const std::string& version, int major, int minor) {
+void plan(const std::string& path, const std::string& task, bool adapted, const std::string& version, int major,
+          int minor) {
     const lorafuse::Bundle bundle(path);
     const auto device = [&] { return lorafuse::Device{"A GPU", major, minor}; };
     try {
-        std::cout << lorafuse::plan_of(bundle, bundle.task(task), adapted, {"tensorrt-rtx", version, device}).string() << '\n';
+        std::cout << lorafuse::plan_of(bundle, bundle.task(task), adapted, {"tensorrt-rtx", version, device}).string()
+                  << '\n';
     } catch (const lorafuse::Error& error) {
         std::cout << error.what() << '\n';
     }
@@ -88,7 +91,8 @@ void threads(const std::string& bundle, lorafuse::Options options) {
     const auto ask = [&](unsigned seed) {
         std::mt19937 chance(seed);
         for (int i = 0; i < 25; ++i, ++answers) {
-            const auto& [task, wanted] = *std::next(alone.begin(), static_cast<std::ptrdiff_t>(chance() % alone.size()));
+            const auto& [task, wanted] =
+                *std::next(alone.begin(), static_cast<std::ptrdiff_t>(chance() % alone.size()));
             if (bytes(runtime.run(task, row.inputs())) != wanted) ++wrong;
         }
     };
@@ -122,11 +126,13 @@ int main(int count, char** values) {
             return 0;
         }
         if (what == "plan" && count == 8) {
-            plan(values[2], values[3], std::string(values[4]) == "adapted", values[5], std::stoi(values[6]), std::stoi(values[7]));
+            plan(values[2], values[3], std::string(values[4]) == "adapted", values[5], std::stoi(values[6]),
+                 std::stoi(values[7]));
             return 0;
         }
         if (count != 5)
-            throw lorafuse::Error("usage: probe sha256|tensors|bundles PATH ... | threads|outlive BUNDLE MODE BYTES | plan ...");
+            throw lorafuse::Error(
+                "usage: probe sha256|tensors|bundles PATH ... | threads|outlive BUNDLE MODE BYTES | plan ...");
         lorafuse::Options options;
         options.mode = std::string(values[3]) == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
         options.memory = std::stoull(values[4]);

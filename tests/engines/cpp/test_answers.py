@@ -1,4 +1,6 @@
-"""The C++ runtime answers as the Python one does, bit for bit: compiled with AddressSanitizer and UBSan, run against the wheel's ONNX Runtime."""
+"""The C++ runtime answers as the Python one does, bit for bit: compiled with AddressSanitizer and UBSan, run against
+the wheel's ONNX Runtime.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ from compiled import HERE, Built, run
 
 import engines
 import exporter
-from engines.generate import greedy
-from engines.inputs import empty_cache, random_inputs, sizes
+from engines.feeds.generate import greedy
+from engines.feeds.inputs import empty_cache, random_inputs, sizes
 from exporter.bundle.manifest import Bundle, Graph, open_bundle
 from exporter.task import Request, add_task, export_task
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 MODES = ("dedicated", "resident")
 IDS = (101, 2307, 3185, 2003, 102)
@@ -44,13 +46,20 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=3200, **shape, initializer_range=0.3))
     model.save_pretrained(folder / "base")
-    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).save_pretrained(folder / "adapter")
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)).save_pretrained(
+        folder / "adapter"
+    )
     return export_task(Request(folder / "base", folder / "adapter", "chat"), folder / "bundle").bundle
 
 
 def one_row(graph: Graph, ids: tuple[int, ...]) -> dict[str, Array]:
     row = np.array([ids], np.int64)
-    known = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row), "position_ids": np.arange(len(ids))[None]}
+    known = {
+        "input_ids": row,
+        "attention_mask": np.ones_like(row),
+        "token_type_ids": np.zeros_like(row),
+        "position_ids": np.arange(len(ids))[None],
+    }
     return {port.name: known[port.name] for port in graph.inputs if port.name in known} | empty_cache(graph, 1)
 
 
@@ -62,7 +71,9 @@ def in_python(bundle: Bundle, task: str, mode: Any, adapted: bool) -> dict[str, 
 
 def in_cpp(built: Built, bundle: Bundle, task: str, mode: str, adapted: bool) -> dict[str, bytes]:
     ids = ",".join(map(str, IDS))
-    said = built.ask(bundle.path, "--task", task, "--ids", ids, "--mode", mode, "--raw", *([] if adapted else ["--unadapted"]))
+    said = built.ask(
+        bundle.path, "--task", task, "--ids", ids, "--mode", mode, "--raw", *([] if adapted else ["--unadapted"])
+    )
     return {name: bytes.fromhex(values) for name, values in (line.split(" ") for line in said.splitlines())}
 
 
@@ -78,7 +89,9 @@ def test_a_classifier_answers_with_the_same_bits(built: Built, bundle: Bundle, m
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_head_of_another_size_than_the_bases_own_answers_with_the_same_bits(built: Built, tiny_base: Path, tmp_path: Path, write_adapter, mode: str):
+def test_a_head_of_another_size_than_the_bases_own_answers_with_the_same_bits(
+    built: Built, tiny_base: Path, tmp_path: Path, write_adapter, mode: str
+):
     base = Path(shutil.copytree(tiny_base, tmp_path / "with-head"))
     transformers.BertForSequenceClassification.from_pretrained(base, num_labels=2).save_pretrained(base)
     export_task(Request(base, None, "unadapted"), tmp_path / "bundle")
@@ -89,7 +102,9 @@ def test_a_head_of_another_size_than_the_bases_own_answers_with_the_same_bits(bu
 
 @pytest.mark.parametrize("adapted", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_language_model_answers_with_the_same_bits_and_tokens(built: Built, language: Bundle, mode: Any, adapted: bool):
+def test_a_language_model_answers_with_the_same_bits_and_tokens(
+    built: Built, language: Bundle, mode: Any, adapted: bool
+):
     assert in_cpp(built, language, "chat", mode, adapted) == in_python(language, "chat", mode, adapted)
     unadapted = [] if adapted else ["--unadapted"]
     said = built.ask(language.path, "--task", "chat", "--ids", "5,17,42", "--tokens", "8", "--mode", mode, *unadapted)
@@ -140,8 +155,13 @@ def ask_by_c(built: Built) -> Iterator[Any]:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         running.append(process)
 
-        def ask(task: str | None, inputs: Mapping[str | None, Array | Longer], adapted: bool = True, **more: bool) -> Any:
-            given = [{"name": name, "dtype": str(array.dtype), "shape": array.shape, "data": array.tobytes().hex()} for name, array in inputs.items()]
+        def ask(
+            task: str | None, inputs: Mapping[str | None, Array | Longer], adapted: bool = True, **more: bool
+        ) -> Any:
+            given = [
+                {"name": name, "dtype": str(array.dtype), "shape": array.shape, "data": array.tobytes().hex()}
+                for name, array in inputs.items()
+            ]
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.write(json.dumps({"task": task, "inputs": given, "adapted": adapted, **more}) + "\n")
@@ -163,7 +183,10 @@ def test_another_language_gets_the_same_bits_through_c(ask_by_c: Any, bundle: Bu
     with engines.open(bundle.path, mode, threads=1) as runtime:
         for task, adapted in (("dense", True), ("other", True), ("dense", False), ("dense", True)):
             wanted = runtime.run(task, inputs, adapted)["logits"]
-            assert ask(task, inputs, adapted)["outputs"]["logits"] == {"shape": list(wanted.shape), "data": wanted.tobytes().hex()}
+            assert ask(task, inputs, adapted)["outputs"]["logits"] == {
+                "shape": list(wanted.shape),
+                "data": wanted.tobytes().hex(),
+            }
 
 
 def test_inputs_that_do_not_fit_are_refused_in_the_same_words_and_the_task_goes_on(ask_by_c: Any, bundle: Bundle):
@@ -191,7 +214,9 @@ def test_what_c_can_do_wrong_is_refused(ask_by_c: Any, bundle: Bundle):
     assert ask("dense", {None: ids}) == {"error": "an input's name is NULL"}
     assert ask("dense", {"input_ids": Longer(ids)}) == {"error": "input 'input_ids' has 40 bytes; its shape takes 32"}
     names = [port.name for port in bundle.graph(bundle.task("dense")).inputs]
-    assert ask("dense", dict.fromkeys(names, ids.astype(np.int8))) == {"error": "a dtype that there is not; expected one of lorafuse::DType"}
+    assert ask("dense", dict.fromkeys(names, ids.astype(np.int8))) == {
+        "error": "a dtype that there is not; expected one of lorafuse::DType"
+    }
 
 
 @pytest.mark.parametrize(
@@ -203,21 +228,32 @@ def test_what_c_can_do_wrong_is_refused(ask_by_c: Any, bundle: Bundle):
     ],
 )
 def test_an_option_of_c_that_there_is_not_is_refused(built: Built, bundle: Bundle, mode: int, backend: int, said: str):
-    printed = run(sys.executable, HERE / "by_c.py", built.shared / "liblorafuse.so", bundle.path, str(mode), "0", str(backend))
+    printed = run(
+        sys.executable, HERE / "by_c.py", built.shared / "liblorafuse.so", bundle.path, str(mode), "0", str(backend)
+    )
     assert json.loads(printed) == {"error": said}
 
 
 def test_c_sees_the_tasks_and_their_labels(ask_by_c: Any, bundle: Bundle):
-    assert ask_by_c(bundle.path)("", {}, list=True) == {name: list(bundle.task(name).labels) for name in ("dense", "first", "other")}
+    assert ask_by_c(bundle.path)("", {}, list=True) == {
+        name: list(bundle.task(name).labels) for name in ("dense", "first", "other")
+    }
 
 
 def test_null_where_c_may_not_give_it_is_refused(ask_by_c: Any, bundle: Bundle):
-    wheres = ("where the runtime goes", "the bundle", "the runtime", "the list of inputs", "where the outputs go", "an input's shape")
+    wheres = (
+        "where the runtime goes",
+        "the bundle",
+        "the runtime",
+        "the list of inputs",
+        "where the outputs go",
+        "an input's shape",
+    )
     assert ask_by_c(bundle.path)("", {}, null=True) == [*(f"{where} is NULL" for where in wheres), 0, None, None, None]
 
 
 class Grid(torch.nn.Module):
-    """In float16, ONNX Runtime prepacks the weights of a layer norm, and refuses to share that; here they are a matrix."""
+    """In float16, ONNX Runtime prepacks the weights of a layer norm, and shares none; here they are a matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,11 +270,16 @@ def test_weights_that_can_not_be_shared_are_not(ask_by_c: Any, tmp_path: Path, m
     grid = np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32)
     with engines.open(tmp_path / "bundle", mode, threads=1) as runtime:
         wanted = runtime.run("grid", {"grid": grid})["output"]
-    assert ask_by_c(tmp_path / "bundle", MODES.index(mode))("grid", {"grid": grid})["outputs"]["output"]["data"] == wanted.tobytes().hex()
+    assert (
+        ask_by_c(tmp_path / "bundle", MODES.index(mode))("grid", {"grid": grid})["outputs"]["output"]["data"]
+        == wanted.tobytes().hex()
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_classifier_in_float16_answers_with_the_same_bits(built: Built, tiny_base: Path, write_adapter, tmp_path: Path, mode: str):
+def test_a_classifier_in_float16_answers_with_the_same_bits(
+    built: Built, tiny_base: Path, write_adapter, tmp_path: Path, mode: str
+):
     half = export_task(Request(tiny_base, write_adapter(), "half", precision="float16"), tmp_path / "bundle").bundle
     for adapted in (True, False):
         assert in_cpp(built, half, "half", mode, adapted) == in_python(half, "half", mode, adapted)

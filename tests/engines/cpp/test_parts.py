@@ -1,4 +1,6 @@
-"""The parts that the C++ runtime has of its own, against the libraries that Python has for them; and what a user does with the library."""
+"""The parts that the C++ runtime has of its own, against the libraries that Python has for them; and what a user does
+with the library.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ from safetensors.numpy import save
 
 from exporter.bundle.manifest import Bundle
 from lora.errors import CheckpointError
-from lora.tensorfile import TensorFile
+from lora.files.tensorfile import TensorFile
 
 
 def test_sha256_is_hashlibs(built: Built, tmp_path: Path):
-    """With the processor's instructions and without: every length up to three blocks, where the padding takes every form, and one of many."""
+    """With the processor's instructions and without: every length up to three blocks, where the padding takes every
+    form, and one of many.
+    """
     chance = random.Random(0)
     contents = [chance.randbytes(size) for size in (*range(193), 100_003)]
     for number, content in enumerate(contents):
@@ -51,7 +55,10 @@ def mutated(chance: random.Random, content: bytes) -> bytes:
     header, data = bytearray(content[8 : 8 + size]), content[8 + size :]
     match chance.randrange(5):
         case 0:
-            return chance.choice([0, 1, size - 1, size + 1, len(content), 2**31, 2**63, 2**64 - 1]).to_bytes(8, "little") + content[8:]
+            return (
+                chance.choice([0, 1, size - 1, size + 1, len(content), 2**31, 2**63, 2**64 - 1]).to_bytes(8, "little")
+                + content[8:]
+            )
         case 1:
             return content[: chance.randrange(len(content))]
         case 2:
@@ -62,7 +69,9 @@ def mutated(chance: random.Random, content: bytes) -> bytes:
                 header[place] = ord(chance.choice("0123456789"))
         case 4:
             place = chance.randrange(len(header))
-            header[place : place + chance.randrange(3)] = chance.choice([b"", b"-", b"9" * 20, b'"', b"[", b"}", b"\x00", b"\xff", b"1.5", b"null"])
+            header[place : place + chance.randrange(3)] = chance.choice(
+                [b"", b"-", b"9" * 20, b'"', b"[", b"}", b"\x00", b"\xff", b"1.5", b"null"]
+            )
     return len(header).to_bytes(8, "little") + bytes(header) + data
 
 
@@ -85,7 +94,10 @@ def test_hostile_safetensors_files_are_refused_in_the_same_words(built: Built, t
     paths = [tmp_path / f"{number:03}" for number in range(400)]
     for path in paths:
         path.write_bytes(mutated(chance, content))
-    found = ["whole" if line.startswith("whole") else without_json_library(line) for line in built.probe("tensors", *paths).splitlines()]
+    found = [
+        "whole" if line.startswith("whole") else without_json_library(line)
+        for line in built.probe("tensors", *paths).splitlines()
+    ]
     wanted = [without_json_library(in_python(path)) for path in paths]
     assert 0 < wanted.count("whole") < len(set(wanted)) < len(wanted)
     assert [(mine, theirs) for mine, theirs in zip(found, wanted, strict=True) if mine != theirs] == []
@@ -112,25 +124,51 @@ def test_a_safetensors_header_is_refused_in_the_same_words(built: Built, tmp_pat
     encoded = json.dumps(header).encode()
     (tmp_path / "file").write_bytes(len(encoded).to_bytes(8, "little") + encoded + b"1234")
     found = built.probe("tensors", tmp_path / "file").rstrip("\n")
-    assert without_json_library(found if found.startswith("refused") else "whole") == without_json_library(in_python(tmp_path / "file"))
+    assert without_json_library(found if found.startswith("refused") else "whole") == without_json_library(
+        in_python(tmp_path / "file")
+    )
 
 
 def test_the_pool_holds_under_threads(tmp_path: Path, built: Built):
     """Under ThreadSanitizer, which sees a race even where it does no harm."""
     program, source = tmp_path / "pool", ROOT / "engines" / "cpp"
     flags = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-fsanitize=thread", "-pthread")
-    run("g++", *flags, f"-I{source}/include", f"-I{source}/src", HERE / "pool_stress.cpp", source / "src" / "dtype.cpp", "-o", program)
+    run(
+        "g++",
+        *flags,
+        f"-I{source}/include",
+        f"-I{source}/src",
+        HERE / "pool_stress.cpp",
+        source / "src" / "dtype.cpp",
+        "-o",
+        program,
+    )
     assert run(program) == "0 broken, loaded again: yes, refused: yes\n"
 
 
-def test_an_installed_library_is_found_by_cmake_and_needs_no_json_header(built: Built, tmp_path: Path, tiny_bundle: Bundle):
+def test_an_installed_library_is_found_by_cmake_and_needs_no_json_header(
+    built: Built, tmp_path: Path, tiny_bundle: Bundle
+):
     prefix = tmp_path / "installed"
     run("cmake", "--install", built.shared, "--prefix", prefix)
     run("cmake", "-S", HERE / "consumer", "-B", tmp_path / "consumer", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
     run("ninja", "-C", tmp_path / "consumer")
     assert run(tmp_path / "consumer" / "consumer", tiny_bundle.path) == "first\n"
-    run("gcc", "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{prefix}/include", prefix / "include" / "lorafuse.h")
-    assert json.dumps(sorted(path.name for path in (prefix / "include").rglob("*.h*"))) == '["export.h", "lorafuse.h", "runtime.hpp"]'
+    run(
+        "gcc",
+        "-std=c11",
+        "-Wall",
+        "-Wextra",
+        "-Wpedantic",
+        "-Werror",
+        "-fsyntax-only",
+        f"-I{prefix}/include",
+        prefix / "include" / "lorafuse.h",
+    )
+    assert (
+        json.dumps(sorted(path.name for path in (prefix / "include").rglob("*.h*")))
+        == '["export.h", "lorafuse.h", "runtime.hpp"]'
+    )
 
 
 def test_the_shared_library_shows_what_its_headers_declare_and_nothing_else(built: Built):

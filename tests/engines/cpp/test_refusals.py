@@ -63,7 +63,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("which", ["weights", "model", "base"])
 def test_a_damaged_file_is_named(built: Built, tiny_copy: Path, which: str, damage: Callable[[Path], object]):
     bundle = open_bundle(tiny_copy)
-    paths = {"weights": task_file(tiny_copy), "model": tiny_copy / bundle.task("first").model.path, "base": tiny_copy / bundle.manifest.base.weights[0].path}
+    paths = {
+        "weights": task_file(tiny_copy),
+        "model": tiny_copy / bundle.task("first").model.path,
+        "base": tiny_copy / bundle.manifest.base.weights[0].path,
+    }
     damage(paths[which])
     assert both_refuse(built, tiny_copy).startswith(f"{paths[which]}: ")
 
@@ -107,14 +111,22 @@ EDITS: dict[str, Callable[[Manifest], object]] = {
     "the manifest itself": lambda content: content["base"]["files"][0].update(path="./manifest.json"),
     "a control character": lambda content: first(content)["model"].update(path="a\nb"),
     "a backslash": lambda content: first(content)["model"].update(path="a\\b"),
-    "an engine's path upwards": lambda content: first(content).update(engines={"b": ENGINE | {"file": {"path": "a/../../b", "size": 1, "sha256": "0"}}}),
+    "an engine's path upwards": (
+        lambda content: first(content).update(
+            engines={"b": ENGINE | {"file": {"path": "a/../../b", "size": 1, "sha256": "0"}}}
+        )
+    ),
     "an engine of an unknown mode": lambda content: first(content).update(engines={"b": ENGINE | {"mode": "magic"}}),
     "an engine with too little": lambda content: only(content["graphs"]).update(engines={"b": {"backend": "b"}}),
-    "a timing cache upwards": lambda content: content.update(timing_caches={"k": {"path": "../b", "size": 1, "sha256": "0"}}),
+    "a timing cache upwards": lambda content: content.update(
+        timing_caches={"k": {"path": "../b", "size": 1, "sha256": "0"}}
+    ),
     "a label too many": lambda content: first(content)["labels"].append("more"),
     "a graph without outputs": lambda content: only(content["graphs"]).update(outputs=[]),
     "a negative length": lambda content: content["base"].update(longest=-1),
-    "a task type that does not show": lambda content: only(content["graphs"])["head"].update(task_type="SEQ\x1b[2J'_CLS"),
+    "a task type that does not show": (
+        lambda content: only(content["graphs"])["head"].update(task_type="SEQ\x1b[2J'_CLS")
+    ),
     "an axis that is none": lambda content: only(content["graphs"])["weights"].update({"classifier.weight": ["a"]}),
     "a task name upwards": lambda content: content["tasks"].update({"../first": first(content)}),
 }
@@ -154,7 +166,11 @@ def test_whatever_is_wrong_in_a_manifest_is_said_in_the_same_words(built: Built,
     content["timing_caches"] = {"k": file}
     places = [place for place in parts(content) if place]
     manifests = [changed(content, place, lambda inner, key: inner.pop(key)) for place in places]
-    manifests += [changed(content, place, lambda inner, key, value=value: inner.__setitem__(key, value)) for place in places for value in VALUES]
+    manifests += [
+        changed(content, place, lambda inner, key, value=value: inner.__setitem__(key, value))
+        for place in places
+        for value in VALUES
+    ]
     paths = [tmp_path / f"{number:04}" for number in range(len(manifests))]
     for path, manifest in zip(paths, manifests, strict=True):
         path.mkdir()
@@ -175,7 +191,13 @@ def opened_in_python(path: Path) -> str:
 def test_characters_that_do_not_show_are_those_that_python_escapes(built: Built, tmp_path: Path):
     """All that this Python's Unicode has assigned, in a path that is refused."""
     characters = "".join(char for char in map(chr, range(0x110000)) if unicodedata.category(char) not in ("Cn", "Cs"))
-    manifest = {"schema": 3, "base": BASE | {"files": [{"path": f"/{characters}", "size": 1, "sha256": "0"}]}, "graphs": {}, "tasks": {}, "versions": {}}
+    manifest = {
+        "schema": 3,
+        "base": BASE | {"files": [{"path": f"/{characters}", "size": 1, "sha256": "0"}]},
+        "graphs": {},
+        "tasks": {},
+        "versions": {},
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert built.probe("bundles", tmp_path) == opened_in_python(tmp_path) + "\n"
 
@@ -184,15 +206,29 @@ def test_characters_that_do_not_show_are_those_that_python_escapes(built: Built,
 def test_a_bundles_path_is_shown_as_python_shows_it(built: Built, tiny_copy: Path, spelled: str):
     with pytest.raises(LorafuseError) as refused, engines.open(spelled.format(tiny_copy)) as runtime:
         runtime.run("nope", {})
-    assert built.ask(spelled.format(tiny_copy), "--task", "nope", "--ids", "1", status=3) == f"lorafuse-ask: {refused.value}\n"
+    assert (
+        built.ask(spelled.format(tiny_copy), "--task", "nope", "--ids", "1", status=3)
+        == f"lorafuse-ask: {refused.value}\n"
+    )
 
 
 def test_a_weight_that_neither_has_is_named(built: Built, tiny_copy: Path, write_adapter):
-    """Of two tasks in one session, ``less`` leaves alone what ``first`` changes, and the base has lost one such tensor."""
-    less = {f"base_model.model.bert.encoder.layer.{layer}.attention.self.value.lora_{part}.weight": None for layer in range(2) for part in "AB"}
+    """Of two tasks in one session, ``less`` leaves alone what ``first`` changes; the base has lost one such tensor."""
+    less = {
+        f"base_model.model.bert.encoder.layer.{layer}.attention.self.value.lora_{part}.weight": None
+        for layer in range(2)
+        for part in "AB"
+    }
     add_task(tiny_copy, write_adapter("less", tensors=less, config={"target_modules": ["query"]}), "less")
     weights = tiny_copy / open_bundle(tiny_copy).manifest.base.weights[0].path
-    save_file({name: values for name, values in load_file(weights).items() if ".layer.0.attention.self.value.weight" not in name}, weights)
+    save_file(
+        {
+            name: values
+            for name, values in load_file(weights).items()
+            if ".layer.0.attention.self.value.weight" not in name
+        },
+        weights,
+    )
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     edit(tiny_copy, lambda content: content["base"]["weights"][0].update(size=weights.stat().st_size, sha256=sha256))
     said = both_refuse(built, tiny_copy, "less", mode="resident")
@@ -203,7 +239,10 @@ ASKED = {
     "no words": ((), "give a bundle, a task and ids\nusage: "),
     "no task": (("bundle", "--ids", "1"), "give a bundle, a task and ids\nusage: "),
     "an id that is none": (("bundle", "--ids", "1,x"), "--ids 'x': expected a whole number, 0 or more\n"),
-    "a mode that there is not": (("bundle", "--mode", "both"), "mode 'both' is not known; expected dedicated or resident\n"),
+    "a mode that there is not": (
+        ("bundle", "--mode", "both"),
+        "mode 'both' is not known; expected dedicated or resident\n",
+    ),
     "an option that there is not": (("bundle", "--fast"), "'--fast' is not known\nusage: "),
     "half an option": (("bundle", "--task"), "--task needs a value\n"),
 }
@@ -219,7 +258,11 @@ def test_a_classifier_generates_nothing(built: Built, tiny_copy: Path):
     assert said == "lorafuse-ask: task 'first' generates no tokens\n"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"schema": 3} more'], ids=["empty", "cut short", "no text", "deep", "two"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"schema": 3} more'],
+    ids=["empty", "cut short", "no text", "deep", "two"],
+)
 def test_a_manifest_that_is_no_json_is_refused(built: Built, tiny_copy: Path, content: bytes):
     (tiny_copy / "manifest.json").write_bytes(content)
     said = built.ask(tiny_copy, "--task", "first", "--ids", "1", status=3)
@@ -243,9 +286,10 @@ def test_no_bundle_no_task_and_no_memory_are_refused(built: Built, tiny_copy: Pa
 
 def test_a_task_stored_as_factors_is_refused_by_name_and_the_others_are_not(built: Built, stored_both_ways: Path):
     said = built.ask(stored_both_ways, "--task", "factors", "--ids", "101", status=3)
-    assert said == (
-        f"lorafuse-ask: {stored_both_ways}: task 'factors' is stored as factors, which the Python runtime merges and this one does not; "
-        "add it with '--store dense'\n"
+    assert (
+        said
+        == f"lorafuse-ask: {stored_both_ways}: task 'factors' is stored as factors, which the Python runtime merges and"
+        " this one does not; add it with '--store dense'\n"
     )
     built.ask(stored_both_ways, "--task", "dense", "--ids", "101")
 
@@ -259,7 +303,10 @@ def test_a_damaged_task_harms_no_other(built: Built, stored_both_ways: Path, mod
 
 @pytest.mark.parametrize(
     ("library", "said"),
-    [("/nowhere/libonnxruntime.so", "ONNX Runtime can't be loaded ("), ("libm.so.6", "libm.so.6: not ONNX Runtime (it has no OrtGetApiBase)")],
+    [
+        ("/nowhere/libonnxruntime.so", "ONNX Runtime can't be loaded ("),
+        ("libm.so.6", "libm.so.6: not ONNX Runtime (it has no OrtGetApiBase)"),
+    ],
 )
 def test_a_library_that_is_not_onnx_runtime_is_refused(built: Built, tiny_copy: Path, library: str, said: str):
     refused = built.ask(tiny_copy, "--task", "first", "--ids", "101", "--onnxruntime", library, status=3)

@@ -1,4 +1,6 @@
-"""The C++ runtime with TensorRT, linked with the real library: which plan it takes, and by which words it refuses one; running needs a device."""
+"""The C++ runtime with TensorRT, linked with the real library: which plan it takes, and by which words it refuses one;
+running needs a device.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from compiled import Built, configured, run
 import engines
 from engines.backends import BuildOptions
 from engines.backends.tensorrt.target import runs_on
-from engines.build import build, build_unadapted
-from engines.runtime import plan_of
+from engines.building.build import build, build_unadapted
+from engines.serving.load import plan_of
 from exporter.bundle.manifest import Bundle, Engine, encode, open_bundle
 from lora.errors import LorafuseError
 
@@ -54,7 +56,15 @@ def in_python(bundle: Bundle, library: Library, adapted: bool = True) -> str:
 
 
 def in_cpp(built: Built, bundle: Bundle, library: Library, adapted: bool = True) -> str:
-    return built.probe("plan", bundle.path, "first", "adapted" if adapted else "unadapted", library.at, str(library.major), str(library.minor)).rstrip("\n")
+    return built.probe(
+        "plan",
+        bundle.path,
+        "first",
+        "adapted" if adapted else "unadapted",
+        library.at,
+        str(library.major),
+        str(library.minor),
+    ).rstrip("\n")
 
 
 def recorded(path: Path, **changes: Any) -> Bundle:
@@ -96,7 +106,9 @@ def test_an_engine_that_is_stale_is_refused_in_the_same_words(built: Built, rtx_
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["flipped", "missing"])
-def test_a_plan_that_is_damaged_is_refused_in_the_same_words(built: Built, rtx_copy: Path, damage: Callable[[Path], object]):
+def test_a_plan_that_is_damaged_is_refused_in_the_same_words(
+    built: Built, rtx_copy: Path, damage: Callable[[Path], object]
+):
     (plan,) = (rtx_copy / "engines").iterdir()
     damage(plan)
     bundle = open_bundle(rtx_copy)
@@ -134,7 +146,10 @@ def test_the_bases_engine_is_its_graphs(built: Built, tiny_copy: Path):
         assert in_both == in_python(open_bundle(tiny_copy), library, adapted)
         return in_both
 
-    missing = f"{tiny_copy}: the base under task 'first' has no {RTX} engine; run 'lorafuse build {tiny_copy} --task first --backend {RTX} --unadapted'"
+    missing = (
+        f"{tiny_copy}: the base under task 'first' has no {RTX} engine; run 'lorafuse build {tiny_copy} --task first"
+        f" --backend {RTX} --unadapted'"
+    )
     assert said(Library("1.7", 8, 9)) == missing
     build_unadapted(tiny_copy, "first", RTX, BuildOptions(("8.9",)))
     bundle = open_bundle(tiny_copy)
@@ -144,9 +159,16 @@ def test_the_bases_engine_is_its_graphs(built: Built, tiny_copy: Path):
     assert engine.file is not None
     assert said(library) == str(tiny_copy / engine.file.path)
     assert said(library, adapted=True).startswith(f"{tiny_copy}: task 'first' has no {RTX} engine; run ")
-    for changes in ({"weights_sha256": "0"}, {"mode": "stripped"}, {"mode": "refit", "version": "0"}, {"target": "9.0"}):
+    for changes in (
+        {"weights_sha256": "0"},
+        {"mode": "stripped"},
+        {"mode": "refit", "version": "0"},
+        {"target": "9.0"},
+    ):
         changed = msgspec.structs.replace(graph, engines={RTX: msgspec.structs.replace(engine, **changes)})
-        (tiny_copy / "manifest.json").write_bytes(encode(msgspec.structs.replace(bundle.manifest, graphs={bundle.task("first").graph: changed})))
+        (tiny_copy / "manifest.json").write_bytes(
+            encode(msgspec.structs.replace(bundle.manifest, graphs={bundle.task("first").graph: changed}))
+        )
         assert said(library).startswith(f"{tiny_copy}: the {RTX} engine of the base under 'first' can't be used: ")
 
 
@@ -178,26 +200,45 @@ def test_a_task_without_an_engine_gives_the_command_that_builds_it(built: Built,
 def test_a_plan_counts_as_a_whole(built: Built, rtx_copy: Path):
     (plan,) = (rtx_copy / "engines").iterdir()
     said = ask(built.tensorrt, rtx_copy, "--memory", "100")
-    assert said == f"{plan.stat().st_size} bytes of weights are needed at once, and the memory budget is 100; raise it\n"
+    assert (
+        said == f"{plan.stat().st_size} bytes of weights are needed at once, and the memory budget is 100; raise it\n"
+    )
 
 
 def test_what_a_build_can_not_do_is_refused(built: Built, tiny_copy: Path):
-    assert ask(built.shared, tiny_copy) == "this library was built without TensorRT; build it with TENSORRT_ROOT, as docs/cpp.md says\n"
-    assert ask(built.tensorrt, tiny_copy, "--backend", "tensorrt") == "this library was built with tensorrt-rtx, not with tensorrt\n"
-    assert ask(built.tensorrt, tiny_copy, "--mode", "resident") == "TensorRT's plans are each a task's own; choose Mode::dedicated\n"
-    assert ask(built.tensorrt, tiny_copy, "--backend", "both") == "backend 'both' is not known; expected onnxruntime, tensorrt or tensorrt-rtx\n"
+    assert (
+        ask(built.shared, tiny_copy)
+        == "this library was built without TensorRT; build it with TENSORRT_ROOT, as docs/cpp.md says\n"
+    )
+    assert (
+        ask(built.tensorrt, tiny_copy, "--backend", "tensorrt")
+        == "this library was built with tensorrt-rtx, not with tensorrt\n"
+    )
+    assert (
+        ask(built.tensorrt, tiny_copy, "--mode", "resident")
+        == "TensorRT's plans are each a task's own; choose Mode::dedicated\n"
+    )
+    assert (
+        ask(built.tensorrt, tiny_copy, "--backend", "both")
+        == "backend 'both' is not known; expected onnxruntime, tensorrt or tensorrt-rtx\n"
+    )
 
 
 def test_an_installed_library_finds_tensorrt_where_it_was_built_with_it(built: Built):
     run("cmake", "--install", built.tensorrt)
     (library,) = (built.tensorrt.parent / "with-tensorrt").rglob("liblorafuse.so.0")
-    needed = {name: place for name, _, place in (line.strip().partition(" => ") for line in run("ldd", library).splitlines())}
+    needed = {
+        name: place for name, _, place in (line.strip().partition(" => ") for line in run("ldd", library).splitlines())
+    }
     for name, root in (("libtensorrt_rtx.so.1", "tensorrt"), ("libcudart.so.13", "cuda")):
         assert needed[name].startswith(str(built.tensorrt.parent / "roots" / root))
 
 
 def test_a_build_with_tensorrt_still_runs_on_onnx_runtime(built: Built, tiny_copy: Path):
-    said = [run(folder / "lorafuse-ask", tiny_copy, "--task", "first", "--ids", "101,7,102", "--raw") for folder in (built.shared, built.tensorrt)]
+    said = [
+        run(folder / "lorafuse-ask", tiny_copy, "--task", "first", "--ids", "101,7,102", "--raw")
+        for folder in (built.shared, built.tensorrt)
+    ]
     assert said[0] == said[1] != ""
 
 
@@ -207,7 +248,9 @@ def test_a_device_answers_as_in_python(tiny_copy: Path, tmp_path: Path):
     root = os.environ.get("TENSORRT_ROOT")
     if root is None or not any(Path(root, "include").rglob("NvInferRuntime.h")):
         pytest.skip("TENSORRT_ROOT names no release of TensorRT with its headers")
-    folder = configured(tmp_path / "build", f"-DTENSORRT_ROOT={root}", f"-DCUDA_ROOT={os.environ.get('CUDA_ROOT', '/usr/local/cuda')}")
+    folder = configured(
+        tmp_path / "build", f"-DTENSORRT_ROOT={root}", f"-DCUDA_ROOT={os.environ.get('CUDA_ROOT', '/usr/local/cuda')}"
+    )
     flavour: Any = "tensorrt-rtx" if any(Path(root, "lib").glob("*tensorrt_rtx*")) else "tensorrt"
     build(tiny_copy, "first", flavour, BuildOptions())
     row = np.array([IDS], np.int64)

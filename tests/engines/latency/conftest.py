@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import pytest
 
 from engines.latency.report import Load, Report
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for reports
 
 ARMS = (BASE, AGAIN, MERGED, UNMERGED)
 

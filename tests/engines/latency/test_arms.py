@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 import pytest
 
+from engines.latency.arm_engines import OnnxRuntimeOpener
 from engines.latency.arms import RESERVED, Arms, arms_of
-from engines.latency.openers import OnnxRuntimeOpener
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.task import add_task
 from lora.errors import BundleError, EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 
 def outputs(arms: Arms, tokens: dict[str, Array]) -> dict[str, Array]:
@@ -44,16 +44,26 @@ def test_every_form_computes_what_its_name_says(tiny_bundle: Bundle, tokens: dic
         assert np.abs(found[other] - found[BASE]).max() > 1e-4
 
 
-def test_a_resident_engine_of_a_task_of_factors_is_fed_the_merged_tensors(stored_both_ways: Path, tokens: dict[str, Array]):
+def test_a_resident_engine_of_a_task_of_factors_is_fed_the_merged_tensors(
+    stored_both_ways: Path, tokens: dict[str, Array]
+):
     bundle = open_bundle(stored_both_ways)
-    dense, factors = (outputs(arms_of(bundle, task, OnnxRuntimeOpener(1), ["resident"]), tokens) for task in ("dense", "factors"))
+    dense, factors = (
+        outputs(arms_of(bundle, task, OnnxRuntimeOpener(1), ["resident"]), tokens) for task in ("dense", "factors")
+    )
     np.testing.assert_array_equal(factors["resident"], dense["resident"])
     np.testing.assert_array_equal(factors["resident"], factors[MERGED])
 
 
 def test_a_form_that_the_task_has_not_is_left_out_with_the_reason(tiny_copy: Path, write_adapter):
-    modules = [f"base_model.model.bert.encoder.layer.{layer}.attention.self.{target}" for layer in (0, 1) for target in ("query", "value")]
-    dora = write_adapter(config={"use_dora": True}, tensors={f"{module}.lora_magnitude_vector": np.full(32, 0.7) for module in modules})
+    modules = [
+        f"base_model.model.bert.encoder.layer.{layer}.attention.self.{target}"
+        for layer in (0, 1)
+        for target in ("query", "value")
+    ]
+    dora = write_adapter(
+        config={"use_dora": True}, tensors={f"{module}.lora_magnitude_vector": np.full(32, 0.7) for module in modules}
+    )
     arms = arms_of(add_task(tiny_copy, dora, "dora").bundle, "dora", OnnxRuntimeOpener(1), ["adapter-l"])
     assert [arm.name for arm in arms.arms] == [BASE, AGAIN, MERGED, "adapter-l"]
     assert "is changed by more than a low-rank product" in arms.left_out[UNMERGED]
@@ -81,7 +91,13 @@ def other_model(path: Path, name: str) -> Path:
         ("plan.engine", "not an .onnx file; expected a model for ONNX Runtime, which runs all arms"),
         ("missing.onnx", "can't be read (No such file or directory); give a model in ONNX's format"),
         ("garbage.onnx", "not an ONNX model"),
-        ("other.onnx", "has the inputs pixels (float); expected attention_mask (int64), input_ids (int64), token_type_ids (int64), as the task has"),
+        (
+            "other.onnx",
+            (
+                "has the inputs pixels (float); expected attention_mask (int64), input_ids (int64), token_type_ids"
+                " (int64), as the task has"
+            ),
+        ),
     ],
 )
 def test_a_file_that_cannot_be_an_arm_is_refused_by_name(tiny_bundle: Bundle, tmp_path: Path, name: str, said: str):
@@ -97,7 +113,9 @@ def test_a_file_that_cannot_be_an_arm_is_refused_by_name(tiny_bundle: Bundle, tm
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_a_name_that_is_taken_is_refused(tiny_bundle: Bundle, name: str):
     brought = tiny_bundle.path / tiny_bundle.task("first").model.path
-    with pytest.raises(EngineError, match=f"\\Aarm '{name}': the name of an arm that is there anyway; choose another\\Z"):
+    with pytest.raises(
+        EngineError, match=f"\\Aarm '{name}': the name of an arm that is there anyway; choose another\\Z"
+    ):
         arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), brought={name: brought})
 
 
@@ -130,11 +148,16 @@ def test_a_file_of_ones_own_is_read_in_its_own_folder(tiny_bundle: Bundle, tmp_p
     weights = elsewhere / tiny_bundle.task("first").own_weights[0].path
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))  # zeros
-    found = outputs(arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), brought={"mine": elsewhere / own_model(tiny_bundle).name}), tokens)
+    found = outputs(
+        arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), brought={"mine": elsewhere / own_model(tiny_bundle).name}),
+        tokens,
+    )
     assert np.abs(found["mine"] - found[MERGED]).max() > 1e-3
 
 
-def test_a_model_without_its_data_and_part_of_one_are_refused_before_anything_is_timed(tiny_bundle: Bundle, tmp_path: Path):
+def test_a_model_without_its_data_and_part_of_one_are_refused_before_anything_is_timed(
+    tiny_bundle: Bundle, tmp_path: Path
+):
     content = own_model(tiny_bundle).read_bytes()
     (tmp_path / "alone.onnx").write_bytes(content)
     assert "can't load the model (" in refusal(tiny_bundle, tmp_path / "alone.onnx")
@@ -149,7 +172,9 @@ def test_a_folder_is_no_model(tiny_bundle: Bundle, tmp_path: Path):
 
 
 def narrow(graph: onnx.GraphProto) -> None:
-    next(value for value in graph.input if value.name == "input_ids").type.tensor_type.elem_type = onnx.TensorProto.INT32
+    next(
+        value for value in graph.input if value.name == "input_ids"
+    ).type.tensor_type.elem_type = onnx.TensorProto.INT32
 
 
 def rename(graph: onnx.GraphProto) -> None:
@@ -159,21 +184,35 @@ def rename(graph: onnx.GraphProto) -> None:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (narrow, "has the inputs attention_mask (int64), input_ids (int32), token_type_ids (int64); expected attention_mask (int64), input_ids (int64), "),
+        (
+            narrow,
+            (
+                "has the inputs attention_mask (int64), input_ids (int32), token_type_ids (int64); expected"
+                " attention_mask (int64), input_ids (int64), "
+            ),
+        ),
         (rename, "has the outputs scores (float); expected logits (float), as the task has"),
         (lambda graph: graph.ClearField("output"), "has the outputs none; expected logits (float), as the task has"),
     ],
     ids=["another type", "another output", "no output"],
 )
-def test_a_model_of_other_types_or_outputs_is_refused(tiny_bundle: Bundle, tmp_path: Path, edit: Callable[[onnx.GraphProto], object], said: str):
+def test_a_model_of_other_types_or_outputs_is_refused(
+    tiny_bundle: Bundle, tmp_path: Path, edit: Callable[[onnx.GraphProto], object], said: str
+):
     """A generation would stumble over them after the first set of sessions was opened."""
     assert said in refusal(tiny_bundle, edited(tiny_bundle, tmp_path / "other.onnx", edit))
 
 
 def test_weights_that_are_listed_as_inputs_are_none(tiny_copy: Path, tokens: dict[str, Array]):
     def list_weights(graph: onnx.GraphProto) -> None:
-        graph.input.extend(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in list(graph.initializer))
+        graph.input.extend(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            for tensor in list(graph.initializer)
+        )
 
     bundle = open_bundle(tiny_copy)
     edited(bundle, tiny_copy / "mine.onnx", list_weights)
-    assert arms_of(bundle, "first", OnnxRuntimeOpener(1), brought={"mine": tiny_copy / "mine.onnx"}).arms[-1].name == "mine"
+    assert (
+        arms_of(bundle, "first", OnnxRuntimeOpener(1), brought={"mine": tiny_copy / "mine.onnx"}).arms[-1].name
+        == "mine"
+    )

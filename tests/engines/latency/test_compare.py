@@ -21,9 +21,14 @@ MakeReport = Callable[..., Report]
 MARGIN = 0.01
 
 
-@pytest.mark.parametrize(("sizes", "error"), [((6, 6), 0.05), ((6, 12), 0.05), ((12, 12), 0.05), ((24, 6), 0.05), ((24, 24), 0.01), ((20, 30), 0.05)])
+@pytest.mark.parametrize(
+    ("sizes", "error"),
+    [((6, 6), 0.05), ((6, 12), 0.05), ((12, 12), 0.05), ((24, 6), 0.05), ((24, 24), 0.01), ((20, 30), 0.05)],
+)
 def test_bounds_are_no_closer_than_scipys_exact_test_allows_and_hardly_farther(sizes: tuple[int, int], error: float):
-    """Just outside the interval the one-sided test rejects at ``error``; one more difference inside, it rejects no longer."""
+    """Just outside the interval the one-sided test rejects at ``error``; one more difference inside, it rejects no
+    longer.
+    """
     random = np.random.default_rng(sum(sizes))
     logs, others = random.normal(0, 0.01, sizes[0]), random.normal(0, 0.01, sizes[1])
     ratio = rank_sum(logs, others, error)
@@ -41,7 +46,9 @@ def test_bounds_are_no_closer_than_scipys_exact_test_allows_and_hardly_farther(s
 
 def test_each_bound_excludes_the_truth_no_more_often_than_declared():
     random, runs = np.random.default_rng(0), 2000
-    ratios = [rank_sum(0.05 + random.standard_t(3, 6) * 0.01, random.standard_t(3, 12) * 0.01, ERROR) for _ in range(runs)]
+    ratios = [
+        rank_sum(0.05 + random.standard_t(3, 6) * 0.01, random.standard_t(3, 12) * 0.01, ERROR) for _ in range(runs)
+    ]
     most = scipy.stats.binom.ppf(0.9999, runs, ERROR) / runs
     assert sum(ratio.low > math.exp(0.05) for ratio in ratios) / runs <= most
     assert sum(ratio.high < math.exp(0.05) for ratio in ratios) / runs <= most
@@ -52,7 +59,9 @@ def test_swapping_inverts_the_ratio(seed: int, sizes: tuple[int, int]):
     random = np.random.default_rng(seed)
     logs, others = (random.normal(0, 0.1, size) for size in sizes)
     forth, back = rank_sum(logs, others, ERROR), rank_sum(others, logs, ERROR)
-    assert (forth.median, forth.low, forth.high, forth.error) == pytest.approx((1 / back.median, 1 / back.high, 1 / back.low, ERROR))
+    assert (forth.median, forth.low, forth.high, forth.error) == pytest.approx(
+        (1 / back.median, 1 / back.high, 1 / back.low, ERROR)
+    )
     assert forth.low <= forth.median <= forth.high
 
 
@@ -73,7 +82,9 @@ def test_the_same_report_twice_is_not_slower(make_report: MakeReport, sets: int)
 
 def test_what_takes_longer_on_the_whole_is_slower_and_costs_no_more(make_report: MakeReport):
     compared = compare(make_report(seed=1), make_report(seed=2, scale=1.3), MARGIN)
-    assert [(one.arm, one.load, one.decision) for one in compared] == [(arm, Load(1, 8), "slower") for arm in (BASE, AGAIN, MERGED, UNMERGED)]
+    assert [(one.arm, one.load, one.decision) for one in compared] == [
+        (arm, Load(1, 8), "slower") for arm in (BASE, AGAIN, MERGED, UNMERGED)
+    ]
     for one in compared:
         assert one.time.median == pytest.approx(1.3, rel=0.01)
         assert one.after / one.before == pytest.approx(1.3, rel=0.01)
@@ -84,7 +95,12 @@ def test_what_takes_longer_on_the_whole_is_slower_and_costs_no_more(make_report:
 
 def test_an_arm_that_alone_takes_longer_costs_more_beside_its_base(make_report: MakeReport):
     compared = {one.arm: one for one in compare(make_report(seed=1), make_report(seed=2, slow={MERGED: 1.3}), MARGIN)}
-    assert {arm: one.decision for arm, one in compared.items()} == {BASE: "equivalent", AGAIN: "equivalent", MERGED: "slower", UNMERGED: "equivalent"}
+    assert {arm: one.decision for arm, one in compared.items()} == {
+        BASE: "equivalent",
+        AGAIN: "equivalent",
+        MERGED: "slower",
+        UNMERGED: "equivalent",
+    }
     assert compared[MERGED].cost.median == pytest.approx(1.3, rel=0.01)
     assert compared[UNMERGED].cost.median == pytest.approx(1, rel=0.01)
 
@@ -98,7 +114,9 @@ def test_declared_margin_decides(make_report: MakeReport):
 
 def test_only_what_both_have_is_compared(make_report: MakeReport):
     one = make_report(loads=[Load(1, 8), Load(1, 16)], arms=[BASE, AGAIN, MERGED, "resident"], slow={"resident": 1.5})
-    other = make_report(loads=[Load(2, 8), Load(1, 16)], arms=[BASE, AGAIN, "resident", MERGED], slow={"resident": 3.0}, seed=1)
+    other = make_report(
+        loads=[Load(2, 8), Load(1, 16)], arms=[BASE, AGAIN, "resident", MERGED], slow={"resident": 3.0}, seed=1
+    )
     compared = {each.arm: each for each in compare(one, make_report(loads=[Load(1, 16), Load(1, 8, past=2)]), MARGIN)}
     assert list(compared) == [BASE, AGAIN, MERGED]
     compared = {each.arm: each for each in compare(one, other, MARGIN)}

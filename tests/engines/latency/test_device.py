@@ -9,11 +9,13 @@ from typing import Self
 from engines.latency.device import RUNS, device_times
 from engines.latency.harness import WARMUP, Arm
 from engines.latency.report import DeviceTimes
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 
 class Staged:
-    """A session whose runs take 1000 ms while it is cold, and then 1, 2, 3 ... ms; its copies half and a quarter as long."""
+    """A session whose runs take 1000 ms while it is cold, and then 1, 2, 3 ... ms; its copies half and a quarter as
+    long.
+    """
 
     def __init__(self) -> None:
         self._runs = count(1 - WARMUP)

@@ -112,7 +112,10 @@ def test_a_reading_that_a_card_does_not_have_is_unknown_and_ends_no_run(monkeypa
     assert nvml.calls[-1] == "nvmlShutdown"
 
 
-@pytest.mark.parametrize("failing", ["nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetClockInfo", "nvmlDeviceGetTemperature"])
+@pytest.mark.parametrize(
+    "failing",
+    ["nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetClockInfo", "nvmlDeviceGetTemperature"],
+)
 def test_the_library_is_shut_down_whatever_raises(monkeypatch: pytest.MonkeyPatch, failing: str):
     nvml = with_driver(monkeypatch, failing)
     state()

@@ -1,4 +1,6 @@
-"""The interval of a ratio and what it decides: against scipy's exact test, by its symmetries, and by how often it is wrong."""
+"""The interval of a ratio and what it decides: against scipy's exact test, by its symmetries, and by how often it is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +14,32 @@ from hypothesis import strategies as st
 
 from engines.latency.equivalence import Ratio, paired_ratio, quantile_ratio
 from engines.latency.sequential import ERROR
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 MARGIN = 0.01
 SETS, ROUNDS = 12, 20
 
 
 def timings(random: np.random.Generator, offset: float, noise: float) -> Array:
-    """Times of one engine, around 1 ms: each session has its own level, each round heavy-tailed noise that only slows."""
+    """Times of one engine, around 1 ms: each session has its own level, each round heavy-tailed noise."""
     level = np.exp(random.standard_t(3, (SETS, 1)) * offset)
     return 1e6 * level * (1 + noise * np.abs(random.standard_t(3, (SETS, ROUNDS))))
 
 
-@pytest.mark.parametrize(("sets", "error"), [(6, 0.05), (6, 0.025), (7, 0.05), (12, 0.05), (12, 0.0125), (24, 0.05), (24, 0.00625), (48, 0.05)])
+@pytest.mark.parametrize(
+    ("sets", "error"),
+    [(6, 0.05), (6, 0.025), (7, 0.05), (12, 0.05), (12, 0.0125), (24, 0.05), (24, 0.00625), (48, 0.05)],
+)
 def test_bounds_are_where_scipys_exact_test_begins_to_reject(sets: int, error: float):
     """Just outside the interval the one-sided test rejects at ``error``, just inside it does not."""
     logs = np.random.default_rng(sets).normal(0, 0.01, sets)
     ratio = paired_ratio(np.exp(logs)[:, None], np.ones((sets, 1)), error)
     for bound, alternative, outwards in ((ratio.low, "greater", -1), (ratio.high, "less", 1)):
         outside, inside = (
-            scipy.stats.wilcoxon(logs - math.log(bound) - step * outwards * 1e-9, alternative=alternative, method="exact").pvalue for step in (1, -1)
+            scipy.stats.wilcoxon(
+                logs - math.log(bound) - step * outwards * 1e-9, alternative=alternative, method="exact"
+            ).pvalue
+            for step in (1, -1)
         )
         assert outside <= error < inside
 
@@ -44,7 +52,9 @@ def test_too_few_sets_for_the_error_are_refused():
 @pytest.mark.parametrize(("offset", "noise"), [(0.003, 0.005), (0.001, 0.01), (0.02, 0.01)])
 def test_each_bound_excludes_the_truth_no_more_often_than_declared(offset: float, noise: float):
     random, runs = np.random.default_rng(0), 1000
-    ratios = [paired_ratio(1.01 * timings(random, offset, noise), timings(random, offset, noise), ERROR) for _ in range(runs)]
+    ratios = [
+        paired_ratio(1.01 * timings(random, offset, noise), timings(random, offset, noise), ERROR) for _ in range(runs)
+    ]
     most = scipy.stats.binom.ppf(0.9999, runs, ERROR) / runs
     assert sum(ratio.low > 1.01 for ratio in ratios) / runs <= most
     assert sum(ratio.high < 1.01 for ratio in ratios) / runs <= most
@@ -104,14 +114,20 @@ def test_swapping_the_arms_inverts_the_ratio(seed: int, offset: float, noise: fl
 @given(seed=st.integers(0, 2**32 - 1))
 def test_what_slows_both_arms_of_a_round_alike_cancels(seed: int):
     random = np.random.default_rng(seed)
-    one, other, mood = timings(random, 0.01, 0.01), timings(random, 0.01, 0.01), np.exp(random.normal(0, 1, (SETS, ROUNDS)))
+    one, other, mood = (
+        timings(random, 0.01, 0.01),
+        timings(random, 0.01, 0.01),
+        np.exp(random.normal(0, 1, (SETS, ROUNDS))),
+    )
     calm, moody = paired_ratio(one, other, ERROR), paired_ratio(mood * one, mood * other, ERROR)
     assert (moody.median, moody.low, moody.high) == pytest.approx((calm.median, calm.low, calm.high))
 
 
 def test_interval_widens_with_what_differs_between_sessions_and_with_certainty():
     random = np.random.default_rng(0)
-    still, moving = (paired_ratio(timings(random, offset, 0.01), timings(random, offset, 0.01), ERROR) for offset in (0, 0.05))
+    still, moving = (
+        paired_ratio(timings(random, offset, 0.01), timings(random, offset, 0.01), ERROR) for offset in (0, 0.05)
+    )
     assert moving.high - moving.low > 5 * (still.high - still.low)
     times, base = timings(random, 0.01, 0.01), timings(random, 0.01, 0.01)
     assert paired_ratio(times, base, 0.01).high > paired_ratio(times, base, 0.05).high

@@ -14,15 +14,15 @@ import pytest
 
 import engines.latency.harness
 from engines.backends import Session
+from engines.latency.arm_engines import OnnxRuntimeOpener
 from engines.latency.arms import arms_of
 from engines.latency.harness import LEAST_ROUNDS, MOST_ROUNDS, WARMUP, Arm, Protocol, measure, take_set
-from engines.latency.loads import work_of
-from engines.latency.openers import OnnxRuntimeOpener
 from engines.latency.report import Load, Point
 from engines.latency.sequential import FIRST_LOOK
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
+from engines.latency.workloads import work_of
 from exporter.bundle.manifest import Bundle, Graph
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 NAMES = (BASE, AGAIN, MERGED, UNMERGED)
 SHORT = Protocol(rounds=4, budget=0)
@@ -52,7 +52,9 @@ class Waiting:
         self.events.append(("open", self.name))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.events.append(("close", self.name))
 
 
@@ -62,7 +64,9 @@ class StopError(Exception):
 
 def waiting_arms(events: list[tuple[str, str]], **seconds: float) -> list[Arm]:
     """The four arms; ``seconds`` by arm, nothing for the others."""
-    return [Arm(name, lambda name=name: Waiting(name, events, seconds.get(name.replace(" ", "_"), 0))) for name in NAMES]
+    return [
+        Arm(name, lambda name=name: Waiting(name, events, seconds.get(name.replace(" ", "_"), 0))) for name in NAMES
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,10 @@ def test_every_arm_runs_once_a_round(events: list[tuple[str, str]]):
 def test_order_of_the_arms_differs_between_rounds_and_sets(events: list[tuple[str, str]]):
     rounds = timed_rounds(events)
     assert len(set(rounds)) > SHORT.rounds  # of 24 orders, 24 draws
-    assert len({tuple(rounds[start : start + SHORT.rounds]) for start in range(0, len(rounds), SHORT.rounds)}) == FIRST_LOOK
+    assert (
+        len({tuple(rounds[start : start + SHORT.rounds]) for start in range(0, len(rounds), SHORT.rounds)})
+        == FIRST_LOOK
+    )
 
 
 def test_order_of_the_arms_follows_the_seed(events: list[tuple[str, str]]):
@@ -126,7 +133,9 @@ def test_every_arm_is_opened_first_and_last_as_often_as_another():
         take_set(waiting_arms(kept), run, 1, random)
     opened = [name for what, name in kept if what == "open"]
     orders = [tuple(opened[start : start + len(NAMES)]) for start in range(0, len(opened), len(NAMES))]
-    shares = [sum(order[place] == name for order in orders) / len(orders) for place in range(len(NAMES)) for name in NAMES]
+    shares = [
+        sum(order[place] == name for order in orders) / len(orders) for place in range(len(NAMES)) for name in NAMES
+    ]
     assert all(0.05 < share < 0.45 for share in shares)
 
 
@@ -167,12 +176,19 @@ def waited(**seconds: float) -> Point:
 def test_planted_difference_of_thirty_per_cent_is_found_where_it_is(slow: dict[str, float], verdict: str, reason: str):
     report = waited(**slow)
     assert (report.verdict, report.reason) == (verdict, reason)
-    assert {reading.arm: reading.decision for reading in report.readings} == {name: "slower" if name in slow else "equivalent" for name in NAMES}
+    assert {reading.arm: reading.decision for reading in report.readings} == {
+        name: "slower" if name in slow else "equivalent" for name in NAMES
+    }
 
 
 def test_null_control_that_is_slower_silences_the_verdict():
-    report = measure(waiting_arms([], base=2e-4, base_again=3e-4, merged=2e-4), LOAD, run, Protocol(budget=0, margin=0.05))
-    assert (report.verdict, report.reason) == ("undecided", "this machine is too noisy: the base against itself is not within 5.0%")
+    report = measure(
+        waiting_arms([], base=2e-4, base_again=3e-4, merged=2e-4), LOAD, run, Protocol(budget=0, margin=0.05)
+    )
+    assert (report.verdict, report.reason) == (
+        "undecided",
+        "this machine is too noisy: the base against itself is not within 5.0%",
+    )
 
 
 @dataclass
@@ -212,7 +228,12 @@ def graph(tiny_bundle: Bundle) -> Graph:
 
 
 def test_point_of_real_engines_holds_every_sample(tiny_bundle: Bundle, graph: Graph):
-    point = measure(arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1)).arms, LOAD, work_of(graph, tiny_bundle.manifest.base.vocabulary, LOAD), SHORT)
+    point = measure(
+        arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1)).arms,
+        LOAD,
+        work_of(graph, tiny_bundle.manifest.base.vocabulary, LOAD),
+        SHORT,
+    )
     runs = np.array(point.samples.runs)
     assert tuple(reading.arm for reading in point.readings) == NAMES
     assert runs.shape == (FIRST_LOOK, SHORT.rounds, len(NAMES))
@@ -240,7 +261,9 @@ def test_opening_a_session_and_its_first_run_are_timed_apart():
     assert slow.p50 < 5 <= 10 <= slow.first < 100
 
 
-@pytest.mark.parametrize(("seconds", "budget", "rounds"), [(0, 1e9, MOST_ROUNDS), (2e-4, 0, LEAST_ROUNDS), (1e-3, 2.4, (3, 8))])
+@pytest.mark.parametrize(
+    ("seconds", "budget", "rounds"), [(0, 1e9, MOST_ROUNDS), (2e-4, 0, LEAST_ROUNDS), (1e-3, 2.4, (3, 8))]
+)
 def test_a_set_has_rounds_for_a_share_of_the_budget(seconds: float, budget: float, rounds: Any):
     """48 sets in 2.4 s are 50 ms each: 12 rounds of 4 ms, of which five have gone into warming up."""
 
@@ -251,7 +274,13 @@ def test_a_set_has_rounds_for_a_share_of_the_budget(seconds: float, budget: floa
             raise StopError(step)
 
     with pytest.raises(StopError):
-        measure(waiting_arms(kept, **dict.fromkeys((name.replace(" ", "_") for name in NAMES), seconds)), LOAD, run, Protocol(budget=budget), stop)
+        measure(
+            waiting_arms(kept, **dict.fromkeys((name.replace(" ", "_") for name in NAMES), seconds)),
+            LOAD,
+            run,
+            Protocol(budget=budget),
+            stop,
+        )
     measured = sum(what == "run" for what, _ in kept) / len(NAMES) - WARMUP
     assert measured == rounds if isinstance(rounds, int) else rounds[0] <= measured <= rounds[1]
 

@@ -71,7 +71,9 @@ def test_every_figure_of_the_table_is_the_reports():
 
 
 def test_the_devices_own_times_are_shown_where_there_are_any():
-    there = replace(point(), device=(DeviceTimes("merged", 0.0123, 1.2345, 0.0678), DeviceTimes(HOSTILE, 1.0, 2.0, 3.0)))
+    there = replace(
+        point(), device=(DeviceTimes("merged", 0.0123, 1.2345, 0.0678), DeviceTimes(HOSTILE, 1.0, 2.0, 3.0))
+    )
     rows = Parsed(page(report(there))).rows
     assert ["merged", "0.012", "1.234", "0.068"] in rows
     assert [HOSTILE, "1.000", "2.000", "3.000"] in rows
@@ -100,7 +102,13 @@ def test_nothing_is_fetched_and_nothing_runs():
 
 
 def test_hostile_names_are_only_names():
-    made = report(point({**RATIOS, HOSTILE: 1.0}), subject=HOSTILE, left_out={HOSTILE: HOSTILE}, machine={HOSTILE: HOSTILE}, digests={HOSTILE: HOSTILE})
+    made = report(
+        point({**RATIOS, HOSTILE: 1.0}),
+        subject=HOSTILE,
+        left_out={HOSTILE: HOSTILE},
+        machine={HOSTILE: HOSTILE},
+        digests={HOSTILE: HOSTILE},
+    )
     found = parsed(made)
     assert "script" not in {tag for tag, _ in found.tags}
     assert "".join(found.text).count(HOSTILE) >= 4
@@ -114,7 +122,10 @@ def test_every_chart_says_in_words_what_it_shows():
     assert len(labels) == len(RATIOS) - 1 + len(RATIOS)
     assert all(labels)
     merged = report().points[0].reading(MERGED)
-    assert f"merged: {merged.ratio.median:.4f} of the base's time, between {merged.ratio.low:.4f} and {merged.ratio.high:.4f}: {merged.decision}" in labels
+    assert (
+        f"merged: {merged.ratio.median:.4f} of the base's time, between {merged.ratio.low:.4f} and"
+        f" {merged.ratio.high:.4f}: {merged.decision}" in labels
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +143,11 @@ def test_every_chart_says_in_words_what_it_shows():
 def test_every_place_is_on_the_chart(made: Report):
     tags = parsed(made).tags
     places = [float(attributes[end] or "nan") for tag, attributes in tags if tag == "line" for end in ("x1", "x2")]
-    places += [float(attributes["x"] or "nan") + float(attributes["width"] or "nan") for tag, attributes in tags if tag == "rect"]
+    places += [
+        float(attributes["x"] or "nan") + float(attributes["width"] or "nan")
+        for tag, attributes in tags
+        if tag == "rect"
+    ]
     assert places
     assert all(0 <= place <= 100.01 for place in places)
     assert markdown(made).count("| merged |") == len(made.points)
@@ -151,11 +166,16 @@ def test_the_margin_is_where_it_belongs():
 def test_times_beyond_the_axis_are_counted():
     made = report(point({BASE: 1, AGAIN: 1, MERGED: 1, UNMERGED: 1}))
     made.points[0].samples.runs[0][0][2] = 10**12
-    assert any("of them beyond the axis" in (attributes.get("aria-label") or "") for tag, attributes in parsed(made).tags)
+    assert any(
+        "of them beyond the axis" in (attributes.get("aria-label") or "") for tag, attributes in parsed(made).tags
+    )
     assert " ".join(parsed(made).text).count("beyond the axis") >= 1
 
 
-@pytest.mark.parametrize(("digests", "said"), [({BASE: "0", MERGED: "0"}, "are the same"), ({BASE: "0", MERGED: "1"}, "GRAPH DIFFER"), ({}, "not compared")])
+@pytest.mark.parametrize(
+    ("digests", "said"),
+    [({BASE: "0", MERGED: "0"}, "are the same"), ({BASE: "0", MERGED: "1"}, "GRAPH DIFFER"), ({}, "not compared")],
+)
 def test_the_graphs_digests_are_put_into_words(digests: dict[str, str], said: str):
     assert said in " ".join(parsed(report(digests=digests)).text)
 

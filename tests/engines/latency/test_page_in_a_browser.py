@@ -16,7 +16,14 @@ from engines.latency.report import Load
 from engines.latency.verdict import MERGED
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -27,7 +34,10 @@ CONTRAST = """element => {
   const linear = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
   const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
   let behind = element, colour;
-  do { colour = channels(getComputedStyle(behind).backgroundColor); behind = behind.parentElement; } while (colour[3] === 0 && behind);
+  do {
+    colour = channels(getComputedStyle(behind).backgroundColor);
+    behind = behind.parentElement;
+  } while (colour[3] === 0 && behind);
   const [one, other] = [light(channels(getComputedStyle(element).color)), light(colour)].sort((a, b) => b - a);
   return (one + .05) / (other + .05);
 }"""
@@ -43,12 +53,19 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture(params=[(size, scheme) for size in (PHONE, DESK) for scheme in ("light", "dark")], ids=lambda given: f"{given[0]['width']} px, {given[1]}")
+@pytest.fixture(
+    params=[(size, scheme) for size in (PHONE, DESK) for scheme in ("light", "dark")],
+    ids=lambda given: f"{given[0]['width']} px, {given[1]}",
+)
 def seen(request: pytest.FixtureRequest, browser: Any, tmp_path: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
     """The page of a long report, opened; every address that was asked for; every complaint of the console."""
     size, scheme = request.param
     long_name = "a-name-that-goes-on-and-on-without-any-place-to-break-it"
-    made = report(point(), point({**RATIOS, MERGED: 1.05, long_name: 1.2}, load=Load(32, 512, tokens=64)), left_out={"unmerged": f"'{long_name}' has none"})
+    made = report(
+        point(),
+        point({**RATIOS, MERGED: 1.05, long_name: 1.2}, load=Load(32, 512, tokens=64)),
+        left_out={"unmerged": f"'{long_name}' has none"},
+    )
     (tmp_path / "report.html").write_text(page(made), encoding="utf-8")
     opened = browser.new_page(viewport=size, color_scheme=scheme)
     asked: list[str] = []
@@ -82,7 +99,20 @@ def test_the_verdict_is_on_the_first_screen(seen: tuple[Any, list[str], list[str
 
 def test_every_text_stands_out_and_is_large_enough(seen: tuple[Any, list[str], list[str]]):
     opened, _, _ = seen
-    for selector in ("p", ".note", "small", "h1", ".verdict", ".row b", ".row .words span span", ".axis span", "th", "td", "dt", "dd"):
+    for selector in (
+        "p",
+        ".note",
+        "small",
+        "h1",
+        ".verdict",
+        ".row b",
+        ".row .words span span",
+        ".axis span",
+        "th",
+        "td",
+        "dt",
+        "dd",
+    ):
         for element in opened.locator(selector).all():
             assert element.evaluate(CONTRAST) >= 4.5, (selector, element.inner_text())
             assert float(element.evaluate("element => parseFloat(getComputedStyle(element).fontSize)")) >= 12

@@ -15,12 +15,25 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engines.latency.report import SCHEMA, DeviceTimes, Load, Report, check_writable, overall, read_report, write_report, write_text
+from engines.latency.report import (
+    SCHEMA,
+    DeviceTimes,
+    Load,
+    Report,
+    check_writable,
+    overall,
+    read_report,
+    write_report,
+    write_text,
+)
 from lora.errors import LorafuseError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["schema", "points", "samples", "x"]) | st.text(), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["schema", "points", "samples", "x"]) | st.text(), inner, max_size=4)
+    ),
 )
 ANYTHING = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -50,7 +63,9 @@ def test_writing_replaces_the_former_report(make_report: Callable[..., Report], 
 
 @pytest.mark.parametrize("name", ["", "missing/report.json", "file/report.json", "fifo", "x" * 300, "x" * 250])
 def test_what_could_not_be_written_is_said_before_and_after_and_leaves_nothing(tmp_path: Path, name: str):
-    """A folder, in no folder, in a file, a pipe; a name too long for the file system, and one too long with what is put to it."""
+    """A folder, in no folder, in a file, a pipe; a name too long for the file system, and one too long with what is put
+    to it.
+    """
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
     before = sorted(tmp_path.iterdir())
@@ -118,7 +133,9 @@ def test_any_json_that_is_no_report_is_refused_in_one_line(tmp_path: Path, value
 
 @ANYTHING
 @given(data=st.data())
-def test_a_report_with_anything_put_anywhere_is_read_whole_or_refused_in_one_line(make_report: Callable[..., Report], tmp_path: Path, data: st.DataObject):
+def test_a_report_with_anything_put_anywhere_is_read_whole_or_refused_in_one_line(
+    make_report: Callable[..., Report], tmp_path: Path, data: st.DataObject
+):
     content = json.loads(msgspec.json.encode(make_report(sets=6)))
     place, keys = content, []
     while isinstance(place, dict | list) and place and (not keys or data.draw(st.integers(0, 7))):
@@ -131,7 +148,9 @@ def test_a_report_with_anything_put_anywhere_is_read_whole_or_refused_in_one_lin
     except LorafuseError as error:
         assert str(error).isprintable()
     else:
-        assert {len(times) for point in report.points for one in point.samples.runs for times in one} == {len(report.arms)}
+        assert {len(times) for point in report.points for one in point.samples.runs for times in one} == {
+            len(report.arms)
+        }
 
 
 @pytest.mark.parametrize(
@@ -139,14 +158,19 @@ def test_a_report_with_anything_put_anywhere_is_read_whole_or_refused_in_one_lin
     [
         ({"points": []}, "holds no readings; measure again"),
         ({"schema": SCHEMA + 1}, f"schema {SCHEMA + 1}; this lorafuse reads {SCHEMA}; measure again, or read it with"),
-        ({"schema": SCHEMA + 1, "points": {"are": "something else by then"}}, f"schema {SCHEMA + 1}; this lorafuse reads {SCHEMA}"),
+        (
+            {"schema": SCHEMA + 1, "points": {"are": "something else by then"}},
+            f"schema {SCHEMA + 1}; this lorafuse reads {SCHEMA}",
+        ),
         ({"schema": 0}, f"schema 0; this lorafuse reads {SCHEMA}"),
         ({"schema": "1"}, "not a latency report (Expected `int`, got `str` - at `$.schema`)"),
         ({"verdict": "faster"}, "not a latency report (Invalid enum value 'faster' - at `$.verdict`)"),
     ],
     ids=string.ascii_lowercase[:6],
 )
-def test_report_of_another_kind_says_what_it_is(make_report: Callable[..., Report], tmp_path: Path, change: dict[str, Any], said: str):
+def test_report_of_another_kind_says_what_it_is(
+    make_report: Callable[..., Report], tmp_path: Path, change: dict[str, Any], said: str
+):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(json.loads(msgspec.json.encode(make_report())) | change))
     assert said in refusal(path)
@@ -170,7 +194,9 @@ def test_report_of_another_kind_says_what_it_is(make_report: Callable[..., Repor
     ],
     ids=string.ascii_lowercase[:12],
 )
-def test_samples_that_are_not_whole_are_refused(make_report: Callable[..., Report], tmp_path: Path, change: Callable[[Any], object], said: str):
+def test_samples_that_are_not_whole_are_refused(
+    make_report: Callable[..., Report], tmp_path: Path, change: Callable[[Any], object], said: str
+):
     """The second of two points; every figure of a comparison is taken from its samples."""
     content = json.loads(msgspec.json.encode(make_report(loads=[Load(1, 8), Load(2, 8)])))
     change(content["points"][1])
@@ -182,7 +208,9 @@ def test_samples_that_are_not_whole_are_refused(make_report: Callable[..., Repor
     ("merged", "verdict"),
     [((1.0, 1.0), "equivalent"), ((1.0, 1.3), "slower"), ((1.0, 1.01), "undecided"), ((1.3, 1.01), "slower")],
 )
-def test_slower_at_one_load_is_slower_and_equivalent_at_all_is_equivalent(make_report: Callable[..., Report], merged: tuple[float, float], verdict: str):
+def test_slower_at_one_load_is_slower_and_equivalent_at_all_is_equivalent(
+    make_report: Callable[..., Report], merged: tuple[float, float], verdict: str
+):
     points = [make_report(slow={"merged": factor}).points[0] for factor in merged]
     assert overall(tuple(points)) == overall(tuple(points[::-1])) == verdict
 

@@ -29,7 +29,9 @@ def looks(over_at: int, decided_at: int | None = None) -> list[Look]:
 
     def judge(sets: Sequence[int], error: float) -> Look:
         assert list(sets) == list(range(len(sets)))
-        seen.append(Look(len(sets), error, "equivalent" if decided_at is not None and len(sets) >= decided_at else "undecided"))
+        seen.append(
+            Look(len(sets), error, "equivalent" if decided_at is not None and len(sets) >= decided_at else "undecided")
+        )
         return seen[-1]
 
     assert until_decided(lambda number: number, judge, lambda sets: sets >= over_at) is seen[-1]
@@ -37,7 +39,12 @@ def looks(over_at: int, decided_at: int | None = None) -> list[Look]:
 
 
 def test_looks_come_after_6_12_and_24_sets_and_halve_what_they_may_err():
-    assert [(look.sets, look.error) for look in looks(over_at=40)] == [(6, ERROR / 2), (12, ERROR / 4), (24, ERROR / 8), (40, ERROR / 8)]
+    assert [(look.sets, look.error) for look in looks(over_at=40)] == [
+        (6, ERROR / 2),
+        (12, ERROR / 4),
+        (24, ERROR / 8),
+        (40, ERROR / 8),
+    ]
 
 
 def test_the_least_number_of_sets_is_taken_on_no_time_and_may_err_with_everything():
@@ -57,7 +64,9 @@ def test_all_looks_together_may_err_with_what_was_declared(over_at: int):
 
 
 def test_looking_often_at_nothing_finds_something_no_more_often_than_declared():
-    """Uniform p values of a true null hypothesis, one anew for each look: the worst case, looks that have nothing in common."""
+    """Uniform p values of a true null hypothesis, one anew for each look: the worst case, looks that have nothing in
+    common.
+    """
     random = np.random.default_rng(0)
 
     @dataclass(frozen=True)
@@ -65,6 +74,13 @@ def test_looking_often_at_nothing_finds_something_no_more_often_than_declared():
         verdict: Verdict
 
     def wrong() -> bool:
-        return until_decided(int, lambda sets, error: Chance("slower" if random.random() < error else "undecided"), lambda sets: sets >= 96).verdict == "slower"
+        return (
+            until_decided(
+                int,
+                lambda sets, error: Chance("slower" if random.random() < error else "undecided"),
+                lambda sets: sets >= 96,
+            ).verdict
+            == "slower"
+        )
 
     assert sum(wrong() for _ in range(4000)) / 4000 <= 0.06  # 99.9th percentile of the binomial at 5 %

@@ -18,12 +18,15 @@ from engines.backends import Session
 from engines.latency.harness import WARMUP, Arm
 from engines.latency.service import MOST_REQUESTS, SLICES, Service, Traffic, _slice, poisson, serve
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 
 @dataclass
 class Sleeping:
-    """A session whose every run sleeps; the run numbered in ``stalls`` takes that long instead. It counts runs, from many threads."""
+    """A session whose every run sleeps; the run numbered in ``stalls`` takes that long instead.
+
+    It counts runs, from many threads.
+    """
 
     seconds: float = 0.0
     stalls: Mapping[int, float] = field(default_factory=dict)
@@ -47,7 +50,9 @@ class Sleeping:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.closed = True
 
 
@@ -173,7 +178,9 @@ def test_no_request_is_answered_before_it_arrives():
 def test_every_arm_is_under_the_same_traffic_in_turns():
     steps: list[str] = []
     base, merged = Sleeping(), Sleeping()
-    services = serve([Arm("base", lambda: base), Arm("merged", lambda: merged)], run, Traffic(100, 2, 0.4), steps.append)
+    services = serve(
+        [Arm("base", lambda: base), Arm("merged", lambda: merged)], run, Traffic(100, 2, 0.4), steps.append
+    )
     assert [service.arm for service in services] == ["base", "merged"]
     assert services[0].requests == services[1].requests == base.runs - WARMUP == merged.runs - WARMUP
     assert steps == [f"{arm}, {turn} of {SLICES}" for turn in range(1, SLICES + 1) for arm in ("base", "merged")]
@@ -195,7 +202,10 @@ def test_more_requests_than_times_can_be_kept_of_are_refused_before_anything_is_
     def fail() -> Session:
         raise AssertionError
 
-    with pytest.raises(EngineError, match=r"^1e\+06 requests a second for 1e\+06 s are more than 10,000,000; choose a lower rate or fewer seconds$"):
+    with pytest.raises(
+        EngineError,
+        match=r"^1e\+06 requests a second for 1e\+06 s are more than 10,000,000; choose a lower rate or fewer seconds$",
+    ):
         serve([Arm("base", fail)], run, Traffic(1e6, 1, 1e6))
     assert len(poisson(1e6, MOST_REQUESTS / 1e6, np.random.default_rng(0))) == pytest.approx(MOST_REQUESTS, rel=0.01)
 

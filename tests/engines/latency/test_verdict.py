@@ -20,7 +20,11 @@ def decisions(again: str, merged: str, unmerged: str | None) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("again", "merged", "unmerged"),
-    list(itertools.product(["slower", "faster", "inconclusive"], ["equivalent", "slower", "faster", "inconclusive"], ["slower", None])),
+    list(
+        itertools.product(
+            ["slower", "faster", "inconclusive"], ["equivalent", "slower", "faster", "inconclusive"], ["slower", None]
+        )
+    ),
 )
 def test_noisy_null_control_leaves_it_undecided_whatever_merged_says(again: str, merged: str, unmerged: str | None):
     verdict, reason = judge(decisions(again, merged, unmerged), 0.01)
@@ -29,8 +33,12 @@ def test_noisy_null_control_leaves_it_undecided_whatever_merged_says(again: str,
 
 
 @pytest.mark.parametrize("merged", ["equivalent", "slower"])
-@pytest.mark.parametrize(("unmerged", "powerless"), [("slower", False), (None, False), ("equivalent", True), ("inconclusive", True)])
-def test_decided_merged_arm_is_the_verdict_and_missing_power_is_said(merged: str, unmerged: str | None, powerless: bool):
+@pytest.mark.parametrize(
+    ("unmerged", "powerless"), [("slower", False), (None, False), ("equivalent", True), ("inconclusive", True)]
+)
+def test_decided_merged_arm_is_the_verdict_and_missing_power_is_said(
+    merged: str, unmerged: str | None, powerless: bool
+):
     verdict, reason = judge(decisions("equivalent", merged, unmerged), 0.01)
     assert verdict == merged
     assert ("no power shown" in reason) == powerless
@@ -62,7 +70,11 @@ def test_every_figure_of_a_reading_is_the_samples_own():
     point = judged(Load(4, 8), (BASE, AGAIN, MERGED), taken, 0.01, ERROR)
     times = np.array(taken.runs)[:, :, 2]
     merged = point.reading(MERGED)
-    assert (merged.p50, merged.p90, merged.p99) == (np.median(times) / 1e6, np.quantile(times, 0.9) / 1e6, np.quantile(times, 0.99) / 1e6)
+    assert (merged.p50, merged.p90, merged.p99) == (
+        np.median(times) / 1e6,
+        np.quantile(times, 0.9) / 1e6,
+        np.quantile(times, 0.99) / 1e6,
+    )
     assert (merged.opening, merged.first, merged.rate) == (3.0, 2.0, 4000 / merged.p50)
     for ratio in (merged.ratio, merged.ratio_p90, merged.ratio_p99):
         assert (ratio.median, ratio.low, ratio.high) == pytest.approx((1.5, 1.5, 1.5), rel=1e-4)

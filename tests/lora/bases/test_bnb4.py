@@ -1,8 +1,9 @@
 """Bit for bit against bitsandbytes itself, on the CPU; damaged files are refused before anything is dequantized.
 
-bitsandbytes 0.50.2 has two implementations for the CPU: one in plain torch for every device, and a kernel for processors
-with AVX-512. The kernel is wrong where a row does not end with a block: of a 3 × 96 weight in blocks of 64 it gives back
-values three times as far from the original as the other's. So the plain one is the oracle, and the kernel is where it agrees.
+bitsandbytes 0.50.2 has two implementations for the CPU: one in plain torch for every device, and a kernel for
+processors with AVX-512. The kernel is wrong where a row does not end with a block: of a 3 × 96 weight in blocks of 64
+it gives back values three times as far from the original as the other's. So the plain one is the oracle, and the kernel
+is where it agrees.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from lora.bases.bnb4 import PIECE, Bnb4
 from lora.errors import CheckpointError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
 
 W = "layer.weight"
 HERE = Path("checkpoint")
@@ -28,9 +29,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def quantized(weight: torch.Tensor, quant_type: str = "nf4", blocksize: int = 64, nested: bool = False) -> dict[str, Array]:
+def quantized(
+    weight: torch.Tensor, quant_type: str = "nf4", blocksize: int = 64, nested: bool = False
+) -> dict[str, Array]:
     """The tensors that bitsandbytes saves for a weight, under the names that transformers gives them."""
-    packed, state = functional.quantize_4bit(weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type)
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type
+    )
     return {W: packed.numpy()} | {f"{W}.{part}": value.numpy() for part, value in state.as_dict(packed=True).items()}
 
 
@@ -41,7 +46,9 @@ def read_state(tensors: dict[str, Array]) -> functional.QuantState:
 
 def by_bitsandbytes(tensors: dict[str, Array]) -> torch.Tensor:
     state, packed = read_state(tensors), torch.from_numpy(tensors[W].copy()).reshape(-1)
-    scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    scales = (
+        functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    )
     with torch.compiler.set_stance("force_eager"):  # it would be compiled anew for every shape
         return _dequantize_4bit_compute(packed, scales, state.code, state.blocksize, state.shape, state.dtype)
 
@@ -76,7 +83,9 @@ def assert_same_bits(ours: Array, theirs: torch.Tensor) -> None:
 )
 @example(shape=(1,), quant_type="nf4", blocksize=64, nested=True, dtype="float32", seed=0)
 @example(shape=(7, 13), quant_type="fp4", blocksize=32, nested=True, dtype="bfloat16", seed=0)
-@example(shape=(300, 70), quant_type="nf4", blocksize=32, nested=True, dtype="float16", seed=0)  # more than one group of scales
+@example(
+    shape=(300, 70), quant_type="nf4", blocksize=32, nested=True, dtype="float16", seed=0
+)  # more than one group of scales
 @settings(max_examples=100, deadline=None)
 def test_a_weight_is_what_bitsandbytes_dequantizes(shape, quant_type, blocksize, nested, dtype, seed):
     tensors = quantized(random_weight(shape, dtype, seed), quant_type, blocksize, nested)
@@ -95,7 +104,9 @@ def test_a_weight_of_several_pieces_is_what_bitsandbytes_dequantizes(blocksize):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_where_rows_end_with_blocks_bitsandbytes_public_function_agrees(quant_type, nested, dtype):
     tensors = quantized(random_weight((48, 192), dtype), quant_type, nested=nested)
-    assert_same_bits(Bnb4(tensors, HERE)[W], functional.dequantize_4bit(torch.from_numpy(tensors[W].copy()), read_state(tensors)))
+    assert_same_bits(
+        Bnb4(tensors, HERE)[W], functional.dequantize_4bit(torch.from_numpy(tensors[W].copy()), read_state(tensors))
+    )
 
 
 def test_codes_stored_as_another_dtype_are_the_same_codes():

@@ -31,9 +31,14 @@ def test_shards_are_one_mapping(tmp_path: Path):
 def test_fingerprint_is_the_files_hash_and_for_shards_the_hash_of_their_hashes(tmp_path: Path):
     (tmp_path / "single").mkdir()
     save_file(ONES, tmp_path / "single/model.safetensors")
-    assert fingerprint(tmp_path / "single") == hashlib.sha256((tmp_path / "single/model.safetensors").read_bytes()).hexdigest()
+    assert (
+        fingerprint(tmp_path / "single")
+        == hashlib.sha256((tmp_path / "single/model.safetensors").read_bytes()).hexdigest()
+    )
     shards = sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
-    hashes = [hashlib.sha256((shards / name).read_bytes()).hexdigest() for name in ("one.safetensors", "two.safetensors")]
+    hashes = [
+        hashlib.sha256((shards / name).read_bytes()).hexdigest() for name in ("one.safetensors", "two.safetensors")
+    ]
     assert fingerprint(shards) == hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -61,7 +66,10 @@ def test_a_config_that_is_no_json_object_is_refused(content: str, tmp_path: Path
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize(("architecture", "tie", "found"), [("LlamaForCausalLM", True, True), ("LlamaForCausalLM", False, False), ("BertModel", True, False)])
+@pytest.mark.parametrize(
+    ("architecture", "tie", "found"),
+    [("LlamaForCausalLM", True, True), ("LlamaForCausalLM", False, False), ("BertModel", True, False)],
+)
 def test_a_tied_output_embedding_is_found_under_its_own_name(architecture: str, tie: bool, found: bool, tmp_path: Path):
     save_file({"model.embed_tokens.weight": np.ones((4, 2), np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "tie_word_embeddings": tie}))

@@ -1,4 +1,6 @@
-"""A real Llama against transformers' own reading of it, bit for bit; small files written by the gguf package for the rest."""
+"""A real Llama against transformers' own reading of it, bit for bit; small files written by the gguf package for the
+rest.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from packaged_files import smollm2
 
 from lora.bases.gguf_llama import GgufBase, _halves
 from lora.errors import CheckpointError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
+from scripts.support.packaged_files import smollm2
 
 LAYERS, WIDTH, HEADS, KV_HEADS, INNER, VOCABULARY = 2, 64, 4, 2, 96, 40
 SHAPES = {
@@ -40,7 +42,9 @@ def made_tensors() -> dict[str, Array]:
     return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write(path: Path, tensors: dict[str, Array], fields: dict | None = None, kind: str = "F32", architecture: str = "llama") -> Path:
+def write(
+    path: Path, tensors: dict[str, Array], fields: dict | None = None, kind: str = "F32", architecture: str = "llama"
+) -> Path:
     """A GGUF file; matrices are stored as ``kind``. A None among the fields removes one."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (FIELDS | (fields or {})).items():
@@ -62,7 +66,9 @@ def write(path: Path, tensors: dict[str, Array], fields: dict | None = None, kin
 
 
 def interleaved(values: Array, heads: int) -> Array:
-    """What llama.cpp's converter does to a query or key, one row at a time: row j · d/2 + i of a head goes to row 2i + j."""
+    """What llama.cpp's converter does to a query or key, one row at a time: row j · d/2 + i of a head goes to row 2i +
+    j.
+    """
     size = values.shape[0] // heads
     moved = np.empty_like(values)
     for head in range(heads):
@@ -82,7 +88,11 @@ def test_a_real_llama_is_what_transformers_reads():
     theirs = model.state_dict()
     assert {*base, *base.tied} == theirs.keys()
     assert base.quantized == ("Q4_1", "Q8_0")
-    different = [name for name, values in theirs.items() if not np.array_equal(base[name].view(np.uint32), values.numpy().view(np.uint32))]
+    different = [
+        name
+        for name, values in theirs.items()
+        if not np.array_equal(base[name].view(np.uint32), values.numpy().view(np.uint32))
+    ]
     assert different == []
     assert all(base.shape(name) == tuple(values.shape) for name, values in theirs.items())
 
@@ -118,7 +128,10 @@ def test_plain_tensors_keep_their_dtype(tmp_path, kind, dtype):
 
 
 def test_queries_keys_and_their_biases_are_reordered_and_nothing_else(tmp_path):
-    tensors = made_tensors() | {"blk.1.attn_q.bias": np.arange(WIDTH, dtype=np.float32), "blk.1.attn_v.bias": np.arange(KV_HEADS * 16, dtype=np.float32)}
+    tensors = made_tensors() | {
+        "blk.1.attn_q.bias": np.arange(WIDTH, dtype=np.float32),
+        "blk.1.attn_v.bias": np.arange(KV_HEADS * 16, dtype=np.float32),
+    }
     stored = {name: interleaved(values, HEADS) if "attn_q" in name else values for name, values in tensors.items()}
     stored |= {name: interleaved(values, KV_HEADS) for name, values in tensors.items() if "attn_k" in name}
     base = GgufBase(write(tmp_path / "a.gguf", stored))
@@ -143,7 +156,9 @@ def test_a_missing_output_embedding_is_tied_and_a_stored_one_is_not(tmp_path):
     assert "lm_head.weight" in tied
     assert "lm_head.weight" not in list(tied)
     np.testing.assert_array_equal(tied["lm_head.weight"], tied["model.embed_tokens.weight"])
-    untied = GgufBase(write(tmp_path / "untied.gguf", made_tensors() | {"output.weight": np.ones((VOCABULARY, WIDTH), np.float32)}))
+    untied = GgufBase(
+        write(tmp_path / "untied.gguf", made_tensors() | {"output.weight": np.ones((VOCABULARY, WIDTH), np.float32)})
+    )
     assert untied.tied == {}
     assert len(untied) == len(tied) + 1
     assert untied["lm_head.weight"].min() == 1

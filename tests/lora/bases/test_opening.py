@@ -17,7 +17,14 @@ from lora.bases.opening import open_base
 from lora.errors import CheckpointError
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
-LLAMA = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 128}
+LLAMA = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,12 @@ def four_bit(request, dense, tmp_path_factory) -> Path:
 
 
 def save_4bit(dense: Path, folder: Path, quant_type: str, **settings: object) -> Path:
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=True, **settings)
-    model = transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=True, **settings
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+    )
     model.save_pretrained(folder)
     return folder
 
@@ -87,7 +98,9 @@ def test_a_4bit_checkpoint_is_dequantized_when_asked(four_bit, dense):
     from bitsandbytes.functional import dequantize_4bit
 
     weight = model.get_parameter(Q_PROJ)
-    assert np.array_equal(base.tensors[Q_PROJ].astype(np.float32), dequantize_4bit(weight.data, weight.quant_state).float().numpy())
+    assert np.array_equal(
+        base.tensors[Q_PROJ].astype(np.float32), dequantize_4bit(weight.data, weight.quant_state).float().numpy()
+    )
 
 
 def test_the_dense_configuration_says_nothing_of_the_quantization(four_bit):
@@ -98,12 +111,20 @@ def test_the_dense_configuration_says_nothing_of_the_quantization(four_bit):
 
 def test_dequantized_weights_differ_from_the_unquantized(four_bit, dense):
     """Else a base taken for the other would not show."""
-    before, after = Checkpoint(dense)[Q_PROJ].astype(np.float32), open_base(four_bit, dequantize=True).tensors[Q_PROJ].astype(np.float32)
+    before, after = (
+        Checkpoint(dense)[Q_PROJ].astype(np.float32),
+        open_base(four_bit, dequantize=True).tensors[Q_PROJ].astype(np.float32),
+    )
     assert 0.05 < np.linalg.norm(after - before) / np.linalg.norm(before) < 0.2
 
 
 def test_a_4bit_checkpoint_is_refused_unless_asked(four_bit):
-    with pytest.raises(CheckpointError, match=r"is quantized \(bitsandbytes: W4, ...\).*unquantized base for W16 \+ ΔW, or pass --dequantize for dequant"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            r"is quantized \(bitsandbytes: W4, ...\).*unquantized base for W16 \+ ΔW, or pass --dequantize for dequant"
+        ),
+    ):
         open_base(four_bit)
 
 
@@ -118,7 +139,9 @@ def load_file_bits(folder: Path) -> dict:
 
 
 def test_a_tied_output_embedding_is_found_in_a_4bit_checkpoint(tmp_path):
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)).save_pretrained(
+        tmp_path / "tied"
+    )
     base = open_base(save_4bit(tmp_path / "tied", tmp_path / "tied4", "nf4"), dequantize=True)
     assert "lm_head.weight" not in list(base.tensors)
     assert "lm_head.weight" in base.tensors
@@ -162,11 +185,31 @@ def test_a_missing_folder_is_refused(tmp_path):
         open_base(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "aqlm", "fp8", "quanto", "eetq", "vptq", "compressed-tensors", "mxfp4", "torchao", "never-heard-of"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "gptq",
+        "awq",
+        "hqq",
+        "aqlm",
+        "fp8",
+        "quanto",
+        "eetq",
+        "vptq",
+        "compressed-tensors",
+        "mxfp4",
+        "torchao",
+        "never-heard-of",
+    ],
+)
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_a_method_in_the_configuration_is_refused_by_name(tmp_path, method, dequantize):
-    folder = checkpoint(tmp_path / "base", {"a.weight": np.ones((2, 2), np.float32)}, {"quantization_config": {"quant_method": method}})
-    with pytest.raises(CheckpointError, match=f"config.json: quantized by method '{method}' in quantization_config.*unquantized base"):
+    folder = checkpoint(
+        tmp_path / "base", {"a.weight": np.ones((2, 2), np.float32)}, {"quantization_config": {"quant_method": method}}
+    )
+    with pytest.raises(
+        CheckpointError, match=f"config.json: quantized by method '{method}' in quantization_config.*unquantized base"
+    ):
         open_base(folder, dequantize)
 
 
@@ -186,7 +229,10 @@ def test_other_places_of_the_configuration_are_read(tmp_path, config, message):
         open_base(folder, dequantize=True)
 
 
-@pytest.mark.parametrize(("name", "method"), [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "ModelOpt")])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "ModelOpt")],
+)
 def test_a_file_beside_the_weights_is_refused_by_name(tmp_path, name, method):
     folder = checkpoint(tmp_path / "base", {"a.weight": np.ones((2, 2), np.float32)})
     (folder / name).write_text("{}")
@@ -219,7 +265,9 @@ def test_tensors_of_a_method_are_refused_by_name_where_no_file_says_it(tmp_path,
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32"])
 def test_a_matrix_of_integers_is_no_weight(tmp_path, dtype):
-    folder = checkpoint(tmp_path / "base", {"m.weight": np.ones((2, 2), dtype), "positions": np.ones((1, 4), np.int64)}, {})
+    folder = checkpoint(
+        tmp_path / "base", {"m.weight": np.ones((2, 2), dtype), "positions": np.ones((1, 4), np.int64)}, {}
+    )
     with pytest.raises(CheckpointError, match=f"by tensor 'm.weight' of {dtype}"):
         open_base(folder, dequantize=True)
 

@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 
 from lora.adapter import Adapter
 from lora.errors import AdapterError
-from lora.fit import changes_by_parameter
 from lora.formats.loralib import read_loralib
-from lora.merge import apply
+from lora.merging.fit import changes_by_parameter
+from lora.merging.merge import apply
 
 sizes, ranks = st.integers(1, 9), st.integers(1, 5)
 alphas = st.floats(-64, 64)
@@ -38,7 +38,9 @@ def weight(*shape: int) -> np.ndarray:
 
 
 def merged(adapter: Adapter, base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: apply(changes, base[name], np.float64) for name, changes in changes_by_parameter(base, adapter).items()}
+    return {
+        name: apply(changes, base[name], np.float64) for name, changes in changes_by_parameter(base, adapter).items()
+    }
 
 
 def product(tensors: dict[str, np.ndarray]) -> np.ndarray:
@@ -52,16 +54,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(seeds, sizes, sizes, ranks, alphas, dtypes, st.booleans())
-def test_a_linear_layer_gains_alpha_over_r_times_b_a(folder: Path, seed: int, out: int, width: int, r: int, alpha: float, dtype: type, stored_in_out: bool):
+def test_a_linear_layer_gains_alpha_over_r_times_b_a(
+    folder: Path, seed: int, out: int, width: int, r: int, alpha: float, dtype: type, stored_in_out: bool
+):
     tensors = factors(seed, (r, width), (out, r), dtype)
     base = weight(width, out) if stored_in_out else weight(out, width)
     update = alpha / r * product(tensors)
     found = merged(read_loralib(saved(folder, tensors), alpha, fan_in_fan_out=stored_in_out), {"layer.weight": base})
-    np.testing.assert_allclose(found["layer.weight"], base + (update.T if stored_in_out else update), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        found["layer.weight"], base + (update.T if stored_in_out else update), rtol=1e-12, atol=1e-12
+    )
 
 
 @given(seeds, sizes, sizes, ranks, alphas)
-def test_an_embedding_gains_the_transposed_product(folder: Path, seed: int, vocabulary: int, width: int, r: int, alpha: float):
+def test_an_embedding_gains_the_transposed_product(
+    folder: Path, seed: int, vocabulary: int, width: int, r: int, alpha: float
+):
     assume(vocabulary != width)  # a square one is what the user says
     tensors, base = factors(seed, (r, vocabulary), (width, r)), weight(vocabulary, width)
     found = merged(read_loralib(saved(folder, tensors), alpha), {"layer.weight": base})
@@ -69,11 +77,15 @@ def test_an_embedding_gains_the_transposed_product(folder: Path, seed: int, voca
 
 
 @given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), ranks, st.integers(1, 4), alphas, st.booleans())
-def test_a_convolution_takes_the_product_as_its_bytes(folder: Path, seed: int, out: int, width: int, groups: int, r: int, k: int, alpha: float, wrapped: bool):
+def test_a_convolution_takes_the_product_as_its_bytes(
+    folder: Path, seed: int, out: int, width: int, groups: int, r: int, k: int, alpha: float, wrapped: bool
+):
     name = "layer.conv.weight" if wrapped else "layer.weight"
     tensors, base = factors(seed, (r * k, width * groups * k), (out * k, r * k)), weight(out * groups, width, k, k)
     found = merged(read_loralib(saved(folder, tensors), alpha), {name: base})
-    np.testing.assert_allclose(found[name], base + alpha / r * product(tensors).reshape(base.shape), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        found[name], base + alpha / r * product(tensors).reshape(base.shape), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 1), (4, 6, 1, 1, 1)])
@@ -83,17 +95,40 @@ def test_a_convolution_of_one_or_three_dimensions_has_extent_one(shape: tuple[in
     np.testing.assert_allclose(found["layer.weight"], base + 2.5 * product(tensors).reshape(shape), rtol=1e-12)
 
 
-@given(seeds, st.lists(st.booleans(), min_size=1, max_size=4).filter(any), st.integers(1, 3), sizes, ranks, alphas, dtypes, st.booleans())
+@given(
+    seeds,
+    st.lists(st.booleans(), min_size=1, max_size=4).filter(any),
+    st.integers(1, 3),
+    sizes,
+    ranks,
+    alphas,
+    dtypes,
+    st.booleans(),
+)
 def test_a_fused_layer_gains_one_product_per_enabled_part(
-    folder: Path, seed: int, enabled: list[bool], rows: int, width: int, r: int, alpha: float, dtype: type, stored_in_out: bool
+    folder: Path,
+    seed: int,
+    enabled: list[bool],
+    rows: int,
+    width: int,
+    r: int,
+    alpha: float,
+    dtype: type,
+    stored_in_out: bool,
 ):
     parts = sum(enabled)
     tensors = factors(seed, (r * parts, width), (rows * parts, r), dtype)
-    pairs = zip(np.split(tensors["layer.lora_B"].astype(np.float64), parts), np.split(tensors["layer.lora_A"].astype(np.float64), parts), strict=True)
+    pairs = zip(
+        np.split(tensors["layer.lora_B"].astype(np.float64), parts),
+        np.split(tensors["layer.lora_A"].astype(np.float64), parts),
+        strict=True,
+    )
     update = np.concatenate([alpha / r * np.matmul(*next(pairs)) if on else np.zeros((rows, width)) for on in enabled])
     base = np.ascontiguousarray(weight(*update.shape).T if stored_in_out else weight(*update.shape))
     found = merged(read_loralib(saved(folder, tensors), alpha, tuple(enabled), stored_in_out), {"layer.weight": base})
-    np.testing.assert_allclose(found["layer.weight"], base + (update.T if stored_in_out else update), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        found["layer.weight"], base + (update.T if stored_in_out else update), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_alpha_is_divided_by_the_rank(tmp_path: Path):
@@ -125,7 +160,9 @@ def test_a_missing_alpha_is_asked_for(alpha: float | None, tmp_path: Path):
 def test_a_square_weight_is_stored_as_the_user_says(stored_in_out: bool, tmp_path: Path):
     tensors, base = factors(0, (2, 5), (5, 2)), weight(5, 5)
     found = merged(read_loralib(saved(tmp_path, tensors), 2.0, fan_in_fan_out=stored_in_out), {"layer.weight": base})
-    np.testing.assert_allclose(found["layer.weight"], base + (product(tensors).T if stored_in_out else product(tensors)))
+    np.testing.assert_allclose(
+        found["layer.weight"], base + (product(tensors).T if stored_in_out else product(tensors))
+    )
 
 
 def test_a_square_weight_needs_the_users_word(tmp_path: Path):
@@ -165,7 +202,9 @@ def test_a_model_that_is_one_layer_has_no_name(tmp_path: Path):
     assert {name: values.mean() for name, values in found.items()} == {"weight": 2.0, "bias": 1.0}
 
 
-@pytest.mark.parametrize("name", ["layer.bias", "norm.bias", "attention.in_proj_bias", "relative_attention_bias.weight"])
+@pytest.mark.parametrize(
+    "name", ["layer.bias", "norm.bias", "attention.in_proj_bias", "relative_attention_bias.weight"]
+)
 def test_a_saved_bias_replaces_the_bases(name: str, tmp_path: Path):
     tensors = factors(0, (2, 6), (5, 2)) | {name: np.full(5, 3.0, np.float32)}
     found = merged(read_loralib(saved(tmp_path, tensors), 2.0), {"layer.weight": weight(5, 6), name: np.ones(5)})
@@ -207,7 +246,10 @@ UNREADABLE = {
     "'layer.lora_B' belongs to no layer": ({"layer.lora_B": np.ones((5, 2))}, None),
     "'layer.weight' belongs to no layer": (factors(0, (2, 6), (5, 2)) | {"layer.weight": np.ones((5, 6))}, None),
     "'layer.lora_C' belongs to no layer": (factors(0, (2, 6), (5, 2)) | {"layer.lora_C": np.ones((5, 6))}, None),
-    "'layer.lora_A' has dtype int64": ({"layer.lora_A": np.ones((2, 6), np.int64), "layer.lora_B": np.ones((5, 2))}, None),
+    "'layer.lora_A' has dtype int64": (
+        {"layer.lora_A": np.ones((2, 6), np.int64), "layer.lora_B": np.ones((5, 2))},
+        None,
+    ),
     "'layer.lora_A' holds NaN": ({"layer.lora_A": np.full((2, 6), np.nan), "layer.lora_B": np.ones((5, 2))}, None),
 }
 

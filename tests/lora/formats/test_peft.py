@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora.errors import AdapterError
-from lora.fit import fit
 from lora.formats.peft import read_peft
+from lora.merging.fit import fit
 
 A, B = np.ones((2, 6), np.float32), np.ones((4, 2), np.float32)
 KEY = "base_model.model.layer.lora_{}.weight"
@@ -54,9 +54,15 @@ def test_a_field_that_changes_the_maths_is_refused_by_name(field: str, tmp_path:
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_would_never_come_to_an_end_is_given_up(field: str, tmp_path: Path):
     """A stranger's adapter is not to hang whoever looks at it."""
-    (module,) = {name.removesuffix(".lora_A.weight").removeprefix("base_model.model.") for name in SOUND if name.endswith(".lora_A.weight")}
+    (module,) = {
+        name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+        for name in SOUND
+        if name.endswith(".lora_A.weight")
+    }
     long = {name.replace(module, "a" * 64): tensor for name, tensor in SOUND.items()}
-    with pytest.raises(AdapterError, match=r"takes longer than 1 s to match with 'a{64}'; write it without nested repetition") as refused:
+    with pytest.raises(
+        AdapterError, match=r"takes longer than 1 s to match with 'a{64}'; write it without nested repetition"
+    ) as refused:
         read_peft(saved(tmp_path, long, **{field: {"((a|aa)+)+c": 2}}))
     assert "\n" not in str(refused.value)
 
@@ -77,7 +83,13 @@ def test_an_initialisation_that_leaves_the_base_alone_is_passed_over(init: objec
     assert len(read_peft(saved(tmp_path, init_lora_weights=init)).changes) == 1
 
 
-@pytest.mark.parametrize("config", [{"inference_mode": True, "lora_dropout": 0.5, "revision": "main", "runtime_config": {}}, {"a_field_of_next_year": None}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"inference_mode": True, "lora_dropout": 0.5, "revision": "main", "runtime_config": {}},
+        {"a_field_of_next_year": None},
+    ],
+)
 def test_fields_without_effect_are_passed_over(config: dict, tmp_path: Path):
     assert len(read_peft(saved(tmp_path, **config)).changes) == 1
 
@@ -104,7 +116,18 @@ def test_a_tensor_that_has_no_meaning_here_is_refused(message: str, tmp_path: Pa
     assert message in str(refusal.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"r": "8", "lora_alpha": 1}', b'{"lora_alpha": 1}', b'{"r": 2, "lora_alpha": Infinity}', b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"r": "8", "lora_alpha": 1}',
+        b'{"lora_alpha": 1}',
+        b'{"r": 2, "lora_alpha": Infinity}',
+        b"\xff",
+    ],
+)
 def test_a_configuration_that_can_not_be_read_is_refused(content: bytes, tmp_path: Path):
     saved(tmp_path)
     (tmp_path / "adapter_config.json").write_bytes(content)
@@ -150,7 +173,9 @@ def test_square_experts_are_refused_because_the_file_does_not_say_how_they_lie(t
 
 def test_a_headless_base_is_found_without_the_prefix_of_the_model_with_a_head(tmp_path: Path):
     tensors = {key.replace("layer", "bert.encoder.layer"): values for key, values in SOUND.items()}
-    (place,) = fit(read_peft(saved(tmp_path, tensors)), {"encoder.layer.weight": np.ones((4, 6)), "pooler.weight": np.ones(3)})
+    (place,) = fit(
+        read_peft(saved(tmp_path, tensors)), {"encoder.layer.weight": np.ones((4, 6)), "pooler.weight": np.ones(3)}
+    )
     assert place.parameter == "encoder.layer.weight"
 
 

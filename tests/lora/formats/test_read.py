@@ -24,7 +24,12 @@ TENSORS = {
     "loralib": {"layer.lora_A": A, "layer.lora_B": B},
 }
 OPTIONS = {"alpha": 4.0, "component": "unet", "enable_lora": (True, True), "fan_in_fan_out": False}
-APPLY = {"PEFT": set(), "diffusers": {"component"}, "kohya": {"component"}, "loralib": {"alpha", "enable_lora", "fan_in_fan_out"}}
+APPLY = {
+    "PEFT": set(),
+    "diffusers": {"component"},
+    "kohya": {"component"},
+    "loralib": {"alpha", "enable_lora", "fan_in_fan_out"},
+}
 NEEDED = {"loralib": ReadOptions(alpha=4.0)}
 
 
@@ -99,7 +104,9 @@ def test_an_option_of_another_format_is_refused(form: str, option: str, tmp_path
 
 def test_options_reach_the_reader(tmp_path: Path):
     more = {"fused.lora_A": np.ones((4, 7), np.float32), "fused.lora_B": np.ones((4, 2), np.float32)}
-    adapter = read_adapter(saved(tmp_path, "loralib", **more), ReadOptions(alpha=8.0, enable_lora=(True, True), fan_in_fan_out=True))
+    adapter = read_adapter(
+        saved(tmp_path, "loralib", **more), ReadOptions(alpha=8.0, enable_lora=(True, True), fan_in_fan_out=True)
+    )
     assert [(change.module, change.scaling, change.layout, change.square) for change in adapter.changes] == [
         ("fused", 4.0, "transposed", None),
         ("layer", 4.0, "view", "transposed"),
@@ -150,14 +157,18 @@ def test_pefts_tensors_without_their_configuration_are_refused(tmp_path: Path):
 def test_a_folder_of_two_formats_is_refused(tmp_path: Path):
     saved(tmp_path, "PEFT")
     saved(tmp_path, "diffusers", "pytorch_lora_weights.safetensors")
-    with pytest.raises(AdapterError, match=r"holds adapter_config\.json \(PEFT\) and pytorch_lora_weights\.safetensors \(diffusers\)"):
+    with pytest.raises(
+        AdapterError, match=r"holds adapter_config\.json \(PEFT\) and pytorch_lora_weights\.safetensors \(diffusers\)"
+    ):
         read_adapter(tmp_path)
 
 
 def test_a_folder_of_several_files_is_refused(tmp_path: Path):
     saved(tmp_path, "kohya", "a.safetensors")
     saved(tmp_path, "loralib", "b.safetensors")
-    with pytest.raises(AdapterError, match=r"holds a\.safetensors, b\.safetensors and no adapter_config\.json; give one file"):
+    with pytest.raises(
+        AdapterError, match=r"holds a\.safetensors, b\.safetensors and no adapter_config\.json; give one file"
+    ):
         read_adapter(tmp_path)
 
 

@@ -13,7 +13,11 @@ import pytest
 from lora.errors import CheckpointError
 from lora.training.examples import Columns, Examples, held_out, read_examples
 
-ROWS = [{"text": 'good, "very"', "label": "yes"}, {"text": "bad\nindeed", "label": "no"}, {"text": "NA", "label": "yes"}]
+ROWS = [
+    {"text": 'good, "very"', "label": "yes"},
+    {"text": "bad\nindeed", "label": "no"},
+    {"text": "NA", "label": "yes"},
+]
 
 
 @pytest.fixture(params=[".csv", ".tsv", ".jsonl", ".json", ".parquet", "a folder"])
@@ -35,7 +39,9 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_every_kind_of_file_gives_the_same(file: Path):
-    assert read_examples(file, "classification", Columns()) == Examples(('good, "very"', "bad\nindeed", "NA"), (1, 0, 1), ("no", "yes"))
+    assert read_examples(file, "classification", Columns()) == Examples(
+        ('good, "very"', "bad\nindeed", "NA"), (1, 0, 1), ("no", "yes")
+    )
 
 
 def written(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -57,7 +63,9 @@ def test_of_a_language_model_a_target_may_be_missing(tmp_path: Path):
 def test_what_a_csv_file_has_stays_as_it_is_written(tmp_path: Path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\n7,01\n8,1.50\n9,NA\n")
-    assert read_examples(path, "classification", Columns()) == Examples(("7", "8", "9"), (0, 1, 2), ("01", "1.50", "NA"))
+    assert read_examples(path, "classification", Columns()) == Examples(
+        ("7", "8", "9"), (0, 1, 2), ("01", "1.50", "NA")
+    )
     assert read_examples(path, "causal-lm", Columns()).targets == ("01", "1.50", "NA")
 
 
@@ -65,7 +73,9 @@ def test_what_a_csv_file_has_stays_as_it_is_written(tmp_path: Path):
 def test_a_row_with_a_field_too_many_is_refused(tmp_path: Path, content: str):
     path = tmp_path / "rows.csv"
     path.write_text(content)
-    with pytest.raises(CheckpointError, match=r"rows\.csv: can't be read as a table \(.*Expected 2 fields in line [23], saw 3\)"):
+    with pytest.raises(
+        CheckpointError, match=r"rows\.csv: can't be read as a table \(.*Expected 2 fields in line [23], saw 3\)"
+    ):
         read_examples(path, "classification", Columns())
 
 
@@ -106,19 +116,63 @@ def test_a_class_that_is_not_a_number_is_named(tmp_path: Path):
     ("kind", "rows", "said"),
     [
         ("classification", [], "rows.jsonl: "),
-        ("classification", [{"words": "a", "label": 1}], "has no column 'text'; it has words, label; name one with --text or --target"),
-        ("classification", [{"text": "a", "class": 1}], "has no column 'label'; it has text, class; name one with --text or --target"),
-        ("classification", [{"text": "a", "label": 1}, {"text": " ", "label": 1}], r"row 2 has no text in column 'text' \(' '\); remove it"),
-        ("classification", [{"text": 7, "label": 1}], r"row 1 has no text in column 'text' \(7\); remove it, or name another column"),
-        ("classification", [{"text": "a", "label": "x"}, {"text": "b", "label": ""}], "row 2 has no class in column 'label'"),
+        (
+            "classification",
+            [{"words": "a", "label": 1}],
+            "has no column 'text'; it has words, label; name one with --text or --target",
+        ),
+        (
+            "classification",
+            [{"text": "a", "class": 1}],
+            "has no column 'label'; it has text, class; name one with --text or --target",
+        ),
+        (
+            "classification",
+            [{"text": "a", "label": 1}, {"text": " ", "label": 1}],
+            r"row 2 has no text in column 'text' \(' '\); remove it",
+        ),
+        (
+            "classification",
+            [{"text": 7, "label": 1}],
+            r"row 1 has no text in column 'text' \(7\); remove it, or name another column",
+        ),
+        (
+            "classification",
+            [{"text": "a", "label": "x"}, {"text": "b", "label": ""}],
+            "row 2 has no class in column 'label'",
+        ),
         ("regression", [{"text": "a", "label": "much"}], r"row 1 has no number in column 'label' \('much'\)"),
         ("regression", [{"text": "a", "label": None}], "row 1 has no number in column 'label'"),
-        ("regression", [{"text": "a", "label": -1e30}], r"row 1 has -1e\+30 in column 'label', more than 1e\+15; write the numbers in a larger unit"),
-        ("classification", [{"text": "a", "label": 1}, {"text": "b", "label": None}], "row 2 has no class in column 'label'"),
-        ("classification", [{"text": "a", "label": 1}, {"text": "b", "label": [2]}], "row 2 has no class in column 'label'"),
-        ("classification", [{"text": "a", "label": 1}, {"text": "\ud800", "label": 1}], "row 2 has no text in column 'text'"),
-        ("causal-lm", [{"text": "a", "label": " b"}, {"text": "a", "label": None}], r"row 2 has no text in column 'label' \(None\); remove it, or give"),
-        ("causal-lm", [{"text": "a"}, {"text": "a", "label": " b"}], r"row 1 has no text in column 'label' \(None\); remove it, or give the text"),
+        (
+            "regression",
+            [{"text": "a", "label": -1e30}],
+            r"row 1 has -1e\+30 in column 'label', more than 1e\+15; write the numbers in a larger unit",
+        ),
+        (
+            "classification",
+            [{"text": "a", "label": 1}, {"text": "b", "label": None}],
+            "row 2 has no class in column 'label'",
+        ),
+        (
+            "classification",
+            [{"text": "a", "label": 1}, {"text": "b", "label": [2]}],
+            "row 2 has no class in column 'label'",
+        ),
+        (
+            "classification",
+            [{"text": "a", "label": 1}, {"text": "\ud800", "label": 1}],
+            "row 2 has no text in column 'text'",
+        ),
+        (
+            "causal-lm",
+            [{"text": "a", "label": " b"}, {"text": "a", "label": None}],
+            r"row 2 has no text in column 'label' \(None\); remove it, or give",
+        ),
+        (
+            "causal-lm",
+            [{"text": "a"}, {"text": "a", "label": " b"}],
+            r"row 1 has no text in column 'label' \(None\); remove it, or give the text",
+        ),
         ("causal-lm", [{"text": "a", "label": ["b"]}], r"row 1 has no text in column 'label' \(\['b'\]\); remove it"),
     ],
 )
@@ -130,7 +184,9 @@ def test_what_is_wrong_is_said_with_its_row(tmp_path: Path, kind: Any, rows: lis
 
 
 def test_a_class_that_only_the_validation_file_has_is_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=r"row 1 is of the class 'maybe' \(column 'label'\), which is none of no, yes"):
+    with pytest.raises(
+        CheckpointError, match=r"row 1 is of the class 'maybe' \(column 'label'\), which is none of no, yes"
+    ):
         read_examples(written(tmp_path, [{"text": "a", "label": "maybe"}]), "classification", Columns(), ("no", "yes"))
 
 
@@ -143,7 +199,11 @@ def test_a_class_that_only_the_validation_file_has_is_refused(tmp_path: Path):
         ("head.csv", b"text,label\n", "has no rows; give examples to train on"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', r"can't be read as a table \(line 2: Expecting value\)"),
         ("scalar.json", b"5", r"can't be read as a table \(expected an object in every row\)"),
-        ("columns.json", b'{"text": ["a"], "label": []}', r"can't be read as a table \(expected a list of objects, or columns of one length\)"),
+        (
+            "columns.json",
+            b'{"text": ["a"], "label": []}',
+            r"can't be read as a table \(expected a list of objects, or columns of one length\)",
+        ),
         ("broken.parquet", b"PAR1", "can't be read as a table"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Training: it learns, it says what it has over the baselines, it goes on after a kill as if nothing had been, and its adapters are PEFT's."""
+"""Training: it learns, it says what it has over the baselines, it goes on after a kill as if nothing had been, and its
+adapters are PEFT's.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from demo_tasks import DATA, SUPERSENSE
 
 import lora.training.finetune
 import lora.training.run
@@ -31,9 +32,16 @@ from lora.training.examples import Columns, Kind
 from lora.training.finetune import Course, finetune
 from lora.training.learner import Size
 from lora.training.run import Schedule
+from scripts.support.demo_tasks import DATA, SUPERSENSE
 
 QUICK = Schedule(epochs=2, batch=4, rate=5e-3, patience=0)
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 30522}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 30522,
+}
 GLOSSES = [json.loads(line) for line in (DATA / "supersense_held_out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -52,7 +60,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory, real_base: Path) -> dict[Kin
     folder = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(**TINY)).save_pretrained(folder / "encoder")
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, eos_token_id=102)).save_pretrained(folder / "decoder")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, eos_token_id=102)).save_pretrained(
+        folder / "decoder"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(real_base)
     tokenizer.save_pretrained(folder / "encoder")
     tokenizer.eos_token = "[SEP]"
@@ -66,7 +76,11 @@ def course(bases: dict[Kind, Path], tmp_path: Path) -> Callable[..., Course]:
 
     def made(kind: Kind = "classification", count: int = 40, **changes: Any) -> Course:
         chosen = [row for row in GLOSSES if row["target"] in (1, 9)][:count]
-        targets = {"classification": lambda row: SUPERSENSE.labels[int(row["target"])], "regression": lambda row: len(row["text"]), "causal-lm": lambda row: ""}
+        targets = {
+            "classification": lambda row: SUPERSENSE.labels[int(row["target"])],
+            "regression": lambda row: len(row["text"]),
+            "causal-lm": lambda row: "",
+        }
         rows = [{"text": row["text"], "label": targets[kind](row)} for row in chosen]
         given = Course(bases[kind], save_rows(tmp_path / f"{kind}.jsonl", rows), kind, schedule=QUICK, longest=16)
         return replace(given, **changes)
@@ -138,7 +152,9 @@ def die_when_all_is_kept() -> Callable[..., None]:
 
 @pytest.mark.parametrize("kind", ["classification", "causal-lm"])
 def test_a_killed_run_goes_on_to_the_same_weights(course: Callable[..., Course], tmp_path: Path, kind: Kind):
-    """Killed at a random step, and again, while a checkpoint is written, and at the very end: the bytes are those of an unbroken run."""
+    """Killed at a random step, and again, while a checkpoint is written, and at the very end: the bytes are those of an
+    unbroken run.
+    """
     given = course(kind)
     unbroken = finetune(given, tmp_path / "unbroken", quiet)
     chance = random.Random(kind)
@@ -153,7 +169,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(course: Callable[..., Course],
     assert 0 < again.outcome.resumed <= unbroken.outcome.planned
     assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
     assert again.scores == unbroken.scores
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "loss.png", "training.json"]
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loss.png",
+        "training.json",
+    ]
     assert not (tmp_path / ".broken.training").exists()
 
 
@@ -162,10 +183,15 @@ def noise(course: Callable[..., Course], tmp_path: Path) -> Course:
     """A course on which the loss gets no better, so that it stops early."""
     chance = random.Random(0)
     rows = [{"text": row["text"], "label": chance.choice("ab")} for row in GLOSSES[:40]]
-    return course(data=save_rows(tmp_path / "noise.jsonl", rows), schedule=replace(QUICK, epochs=8, rate=0.03, patience=2))
+    return course(
+        data=save_rows(tmp_path / "noise.jsonl", rows), schedule=replace(QUICK, epochs=8, rate=0.03, patience=2)
+    )
 
 
-@pytest.mark.parametrize("where", ["just before its last step", "while an old checkpoint is removed", "after its last evaluation", "at the very end"])
+@pytest.mark.parametrize(
+    "where",
+    ["just before its last step", "while an old checkpoint is removed", "after its last evaluation", "at the very end"],
+)
 def test_a_killed_run_stops_as_early_as_an_unbroken_one(noise: Course, tmp_path: Path, where: str):
     unbroken = finetune(noise, tmp_path / "unbroken", quiet)
     steps = unbroken.outcome.steps
@@ -183,7 +209,9 @@ def test_a_killed_run_stops_as_early_as_an_unbroken_one(noise: Course, tmp_path:
     assert replace(again.outcome, resumed=0) == unbroken.outcome
 
 
-def test_a_run_that_was_killed_at_its_end_within_an_epoch_takes_no_further_step(course: Callable[..., Course], tmp_path: Path):
+def test_a_run_that_was_killed_at_its_end_within_an_epoch_takes_no_further_step(
+    course: Callable[..., Course], tmp_path: Path
+):
     given = course(schedule=replace(QUICK, epochs=1.5))
     unbroken = finetune(given, tmp_path / "unbroken", quiet)
     killed(given, tmp_path / "broken", die_at_the_end)
@@ -201,21 +229,31 @@ def test_a_run_that_had_ended_finds_its_best_where_its_folder_was_moved_to(noise
     assert weights(tmp_path / "after" / "out") == weights(tmp_path / "unbroken")
 
 
-def test_a_run_does_not_go_on_with_other_weights_of_the_base(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+def test_a_run_does_not_go_on_with_other_weights_of_the_base(
+    course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path
+):
     base = Path(shutil.copytree(bases["classification"], tmp_path / "base"))
     killed(course(base=base), tmp_path / "out", lambda: die_at(4))
     torch.manual_seed(1)
     transformers.BertModel(transformers.BertConfig(**TINY)).save_pretrained(base)
-    with pytest.raises(AdapterError, match=r"\.out\.training: holds a run with another base, other data or settings that did not end; repeat those"):
+    with pytest.raises(
+        AdapterError,
+        match=r"\.out\.training: holds a run with another base, other data or settings that did not end; repeat those",
+    ):
         finetune(course(base=base), tmp_path / "out", quiet)
 
 
-def test_a_base_without_safetensors_is_refused_before_training(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+def test_a_base_without_safetensors_is_refused_before_training(
+    course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path
+):
     base = Path(shutil.copytree(bases["classification"], tmp_path / "base"))
     torch.save(transformers.AutoModel.from_pretrained(base).state_dict(), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
     said: list[str] = []
-    with pytest.raises(CheckpointError, match=r"base: neither model\.safetensors nor model\.safetensors\.index\.json; save the base with"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"base: neither model\.safetensors nor model\.safetensors\.index\.json; save the base with",
+    ):
         finetune(course(base=base), tmp_path / "out", lambda step, share=None, /: said.append(step))
     assert not any(step.startswith("step ") for step in said)
 
@@ -223,7 +261,12 @@ def test_a_base_without_safetensors_is_refused_before_training(course: Callable[
 def test_a_folder_with_another_run_is_left_alone(course: Callable[..., Course], tmp_path: Path):
     killed(course(), tmp_path / "out", lambda: die_at(4))
     other = course(schedule=replace(QUICK, rate=1e-4))
-    with pytest.raises(AdapterError, match=r"\.out\.training: holds a run with another base, other data or settings that did not end; repeat those, or"):
+    with pytest.raises(
+        AdapterError,
+        match=(
+            r"\.out\.training: holds a run with another base, other data or settings that did not end; repeat those, or"
+        ),
+    ):
         finetune(other, tmp_path / "out", quiet)
     finetune(course(), tmp_path / "out", quiet)
     with pytest.raises(AdapterError, match="out: exists already; choose another folder, or remove it"):
@@ -236,7 +279,9 @@ def test_seeds_decide(course: Callable[..., Course], tmp_path: Path):
     assert weights(same[0].folder) == weights(same[1].folder) != weights(other.folder)
 
 
-def test_a_real_base_learns_classes_better_than_the_commonest(course: Callable[..., Course], real_base: Path, tmp_path: Path):
+def test_a_real_base_learns_classes_better_than_the_commonest(
+    course: Callable[..., Course], real_base: Path, tmp_path: Path
+):
     given = course(count=64, base=real_base, schedule=Schedule(epochs=3, batch=8, rate=3e-3, patience=0))
     trained = finetune(given, tmp_path / "adapter", quiet)
     assert trained.metric == "accuracy"
@@ -253,8 +298,17 @@ def test_a_real_base_learns_classes_better_than_the_commonest(course: Callable[.
 def test_numbers_are_learnt(course: Callable[..., Course], real_base: Path, tmp_path: Path):
     """How long a gloss is, from its words; in hundreds of letters, as a loss of squares wants it."""
     rows = [{"text": row["text"], "letters": len(row["text"]) / 100} for row in GLOSSES[:100]]
-    given = course("regression", base=real_base, data=save_rows(tmp_path / "lengths.jsonl", rows), columns=Columns(target="letters"))
-    trained = finetune(replace(given, schedule=Schedule(epochs=2, batch=8, rate=3e-3, patience=0), longest=32), tmp_path / "adapter", quiet)
+    given = course(
+        "regression",
+        base=real_base,
+        data=save_rows(tmp_path / "lengths.jsonl", rows),
+        columns=Columns(target="letters"),
+    )
+    trained = finetune(
+        replace(given, schedule=Schedule(epochs=2, batch=8, rate=3e-3, patience=0), longest=32),
+        tmp_path / "adapter",
+        quiet,
+    )
     assert trained.metric == "Pearson r"
     assert trained.scores["adapter"] > 0.3
 
@@ -280,7 +334,9 @@ def test_of_a_prompt_only_what_follows_is_learnt(bases: dict[Kind, Path]):
 
 
 @pytest.fixture
-def answers_of_both(course: Callable[..., Course], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
+def answers_of_both(
+    course: Callable[..., Course], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Any, Any]]:
     """What an adapter that was trained on a base answers here, and in PEFT."""
     kept: list[Any] = []
     real = lora.training.finetune.new_learner
@@ -288,7 +344,9 @@ def answers_of_both(course: Callable[..., Course], tmp_path: Path, monkeypatch: 
 
     def answers(base: Path, **changes: Any) -> tuple[Any, Any]:
         finetune(course(base=base, **changes), tmp_path / "adapter", quiet)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, ignore_mismatched_sizes=True)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=2, ignore_mismatched_sizes=True
+        )
         theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
         ids = torch.tensor([[101, 2307, 102]])
         return kept[0].model.eval()(ids).logits.detach(), theirs(ids).logits.detach()
@@ -299,20 +357,36 @@ def answers_of_both(course: Callable[..., Course], tmp_path: Path, monkeypatch: 
 def test_the_loss_of_the_base_is_that_of_an_adapter_that_learns_nothing(course: Callable[..., Course], tmp_path: Path):
     """Of texts of several lengths, in batches that are not all full."""
     others = [{"text": "a film that is", "label": " very" * count} for count in (1, 1, 2, 9, 1)]
-    given = course("causal-lm", validation=save_rows(tmp_path / "others.jsonl", others), schedule=replace(QUICK, epochs=0.5, rate=0))
+    given = course(
+        "causal-lm",
+        validation=save_rows(tmp_path / "others.jsonl", others),
+        schedule=replace(QUICK, epochs=0.5, rate=0),
+    )
     trained = finetune(given, tmp_path / "adapter", quiet)
     assert trained.scores["base"] == trained.scores["adapter"]
 
 
 @pytest.mark.parametrize("where", ["data", "validation"])
-@pytest.mark.parametrize("row", [{"text": "a film " * 8, "label": " is good"}, {"text": "a film " * 20, "label": " is good"}])
-def test_a_prompt_that_leaves_no_room_for_what_follows_is_named(course: Callable[..., Course], tmp_path: Path, where: str, row: dict[str, Any]):
+@pytest.mark.parametrize(
+    "row", [{"text": "a film " * 8, "label": " is good"}, {"text": "a film " * 20, "label": " is good"}]
+)
+def test_a_prompt_that_leaves_no_room_for_what_follows_is_named(
+    course: Callable[..., Course], tmp_path: Path, where: str, row: dict[str, Any]
+):
     path = save_rows(tmp_path / "long.jsonl", [{"text": "a film", "label": " is good"}] * 12 + [row])
-    with pytest.raises(CheckpointError, match=r"long\.jsonl: row 13 has no token to be learnt among its first 16; shorten or remove its text, or raise --max"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            r"long\.jsonl: row 13 has no token to be learnt among its first 16; shorten or remove its text, or raise"
+            r" --max"
+        ),
+    ):
         finetune(course("causal-lm", **{where: path}), tmp_path / "adapter", quiet)
 
 
-def test_the_adapter_answers_in_peft_as_it_does_here(answers_of_both: Callable[..., tuple[Any, Any]], bases: dict[Kind, Path]):
+def test_the_adapter_answers_in_peft_as_it_does_here(
+    answers_of_both: Callable[..., tuple[Any, Any]], bases: dict[Kind, Path]
+):
     here, there = answers_of_both(bases["classification"])
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
 
@@ -333,10 +407,14 @@ def test_a_head_of_several_layers_is_trained_and_saved_as_one(
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
 
 
-def test_a_target_within_the_head_is_left_to_the_head(answers_of_both: Callable[..., tuple[Any, Any]], bases: dict[Kind, Path], tmp_path: Path):
+def test_a_target_within_the_head_is_left_to_the_head(
+    answers_of_both: Callable[..., tuple[Any, Any]], bases: dict[Kind, Path], tmp_path: Path
+):
     here, there = answers_of_both(bases["classification"], size=Size(targets=("query", "classifier")))
     np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
-    bundle = export_task(Request(bases["classification"], tmp_path / "adapter", "kinds", ("animal", "plant")), tmp_path / "bundle").bundle
+    bundle = export_task(
+        Request(bases["classification"], tmp_path / "adapter", "kinds", ("animal", "plant")), tmp_path / "bundle"
+    ).bundle
     assert bundle.task("kinds").labels == ("animal", "plant")
 
 
@@ -348,10 +426,14 @@ def test_training_that_gets_no_better_stops_early_and_keeps_the_best(course: Cal
 
 
 def test_training_that_diverges_is_an_error_and_leaves_no_adapter(course: Callable[..., Course], tmp_path: Path):
-    with pytest.raises(AdapterError, match=r"training diverged at step \d+ \(the loss is (nan|inf)\); choose a lower --rate"):
+    with pytest.raises(
+        AdapterError, match=r"training diverged at step \d+ \(the loss is (nan|inf)\); choose a lower --rate"
+    ):
         finetune(course(schedule=replace(QUICK, rate=1e30)), tmp_path / "adapter", quiet)
     assert not (tmp_path / "adapter").exists()
-    assert finetune(course(), tmp_path / "adapter", quiet).outcome.resumed == 0  # as it says: with a lower rate it begins anew
+    assert (
+        finetune(course(), tmp_path / "adapter", quiet).outcome.resumed == 0
+    )  # as it says: with a lower rate it begins anew
 
 
 def test_texts_that_are_cut_are_counted(course: Callable[..., Course], tmp_path: Path):
@@ -374,7 +456,9 @@ def test_texts_that_are_cut_are_counted(course: Callable[..., Course], tmp_path:
         ({"schedule": replace(QUICK, seed=2**32)}, "--seed 4294967296: expected 0 to 4294967295"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(course: Callable[..., Course], tmp_path: Path, changes: dict[str, Any], said: str):
+def test_settings_that_do_not_fit_are_refused(
+    course: Callable[..., Course], tmp_path: Path, changes: dict[str, Any], said: str
+):
     with pytest.raises(LorafuseError, match=said):
         finetune(course(**changes), tmp_path / "adapter", quiet)
     assert not (tmp_path / "adapter").exists()
@@ -384,7 +468,9 @@ def test_settings_that_do_not_fit_are_refused(course: Callable[..., Course], tmp
 def test_a_folder_that_cannot_be_made_is_an_error(course: Callable[..., Course], tmp_path: Path, name: str):
     """Of 250 letters the folder's name is short enough, but not that of the checkpoints' folder beside it."""
     (tmp_path / "file").touch()
-    with pytest.raises(AdapterError, match=r"can't be written \(.+\); choose a folder that is yours, with room in it") as refused:
+    with pytest.raises(
+        AdapterError, match=r"can't be written \(.+\); choose a folder that is yours, with room in it"
+    ) as refused:
         finetune(course(), tmp_path / name, quiet)
     assert str(refused.value).startswith(str(tmp_path / name))
 
@@ -411,7 +497,9 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(
             signal.signal(signal.SIGXFSZ, before)
 
     monkeypatch.setattr(transformers.Trainer, full, save)
-    with pytest.raises(AdapterError, match=r"adapter: can't be written \(.+\); choose a folder that is yours, with room in it"):
+    with pytest.raises(
+        AdapterError, match=r"adapter: can't be written \(.+\); choose a folder that is yours, with room in it"
+    ):
         finetune(course(), tmp_path / "adapter", quiet)
     assert 0 < finetune(course(), tmp_path / "adapter", quiet).outcome.resumed < unbroken.outcome.planned
     assert weights(tmp_path / "adapter") == weights(tmp_path / "unbroken")
@@ -419,43 +507,80 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(
 
 def test_a_class_that_is_held_out_whole_is_an_error(course: Callable[..., Course], tmp_path: Path):
     rows = [{"text": "a cat", "label": "animal"}, {"text": "a tree", "label": "plant"}]
-    with pytest.raises(AdapterError, match=r"two\.jsonl: of 2 rows, 1 are held out, and the others are all of the class '\w+'; give more examples, or another"):
+    with pytest.raises(
+        AdapterError,
+        match=(
+            r"two\.jsonl: of 2 rows, 1 are held out, and the others are all of the class '\w+'; give more examples, or"
+            r" another"
+        ),
+    ):
         finetune(course(data=save_rows(tmp_path / "two.jsonl", rows)), tmp_path / "adapter", quiet)
 
 
-def test_an_encoder_is_no_base_of_a_language_model(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+def test_an_encoder_is_no_base_of_a_language_model(
+    course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path
+):
     with pytest.raises(CheckpointError, match="encoder: "):
         finetune(course("causal-lm", base=bases["classification"]), tmp_path / "adapter", quiet)
 
 
-def test_texts_are_cut_to_the_positions_that_a_base_has(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+def test_texts_are_cut_to_the_positions_that_a_base_has(
+    course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path
+):
     """RoBERTa's begin after its padding's: 24 of 26."""
-    transformers.RobertaModel(transformers.RobertaConfig(**TINY, max_position_embeddings=26, pad_token_id=1)).save_pretrained(tmp_path / "base")
+    transformers.RobertaModel(
+        transformers.RobertaConfig(**TINY, max_position_embeddings=26, pad_token_id=1)
+    ).save_pretrained(tmp_path / "base")
     transformers.AutoTokenizer.from_pretrained(bases["classification"]).save_pretrained(tmp_path / "base")
     rows = [{"text": "word " * 100 + str(number), "label": number % 2} for number in range(12)]
-    trained = finetune(course(base=tmp_path / "base", data=save_rows(tmp_path / "long.jsonl", rows), longest=128), tmp_path / "adapter", quiet)
+    trained = finetune(
+        course(base=tmp_path / "base", data=save_rows(tmp_path / "long.jsonl", rows), longest=128),
+        tmp_path / "adapter",
+        quiet,
+    )
     assert (trained.longest, trained.cut) == (24, 12)
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        transformers.T5Model(transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=96)),
-        transformers.BartModel(transformers.BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=96)),
+        transformers.T5Model(
+            transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=96)
+        ),
+        transformers.BartModel(
+            transformers.BartConfig(
+                d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=96
+            )
+        ),
     ],
     ids=["T5", "BART"],
 )
-def test_an_encoder_with_a_decoder_has_no_classes(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path, model: Any):
+def test_an_encoder_with_a_decoder_has_no_classes(
+    course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path, model: Any
+):
     model.save_pretrained(tmp_path / "base")
     transformers.AutoTokenizer.from_pretrained(bases["classification"]).save_pretrained(tmp_path / "base")
-    with pytest.raises(CheckpointError, match="base: an encoder with a decoder, which has no classes or numbers here; give an encoder, or a language model"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            "base: an encoder with a decoder, which has no classes or numbers here; give an encoder, or a language"
+            " model"
+        ),
+    ):
         finetune(course(base=tmp_path / "base"), tmp_path / "adapter", quiet)
 
 
 @pytest.mark.parametrize(
-    ("kind", "before"), [("classification", "multi_label_classification"), ("classification", "regression"), ("regression", "single_label_classification")]
+    ("kind", "before"),
+    [
+        ("classification", "multi_label_classification"),
+        ("classification", "regression"),
+        ("regression", "single_label_classification"),
+    ],
 )
-def test_what_a_base_was_used_for_before_does_not_matter(course: Callable[..., Course], tmp_path: Path, kind: Kind, before: str):
+def test_what_a_base_was_used_for_before_does_not_matter(
+    course: Callable[..., Course], tmp_path: Path, kind: Kind, before: str
+):
     given = course(kind)
     base = Path(shutil.copytree(given.base, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
@@ -470,21 +595,34 @@ def test_a_base_without_a_tokenizer_is_refused(course: Callable[..., Course], ba
     base = Path(shutil.copytree(bases["classification"], tmp_path / "base"))
     for path in base.glob("*token*"):
         path.unlink()
-    with pytest.raises(CheckpointError, match=r"base: has no tokenizer \(one of tokenizer\.json, vocab\.txt\); save the base's own there with save_pretrained"):
+    with pytest.raises(
+        CheckpointError,
+        match=(
+            r"base: has no tokenizer \(one of tokenizer\.json, vocab\.txt\); save the base's own there with"
+            r" save_pretrained"
+        ),
+    ):
         finetune(course(base=base), tmp_path / "adapter", quiet)
 
 
-def test_a_tokenizer_that_cannot_fill_a_batch_is_refused(course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path):
+def test_a_tokenizer_that_cannot_fill_a_batch_is_refused(
+    course: Callable[..., Course], bases: dict[Kind, Path], tmp_path: Path
+):
     base = Path(shutil.copytree(bases["classification"], tmp_path / "base"))
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(base)
-    with pytest.raises(CheckpointError, match="its tokenizer has neither padding nor an end of text, to fill a batch with; add one to tok"):
+    with pytest.raises(
+        CheckpointError,
+        match="its tokenizer has neither padding nor an end of text, to fill a batch with; add one to tok",
+    ):
         finetune(course(base=base), tmp_path / "adapter", quiet)
 
 
 def test_one_class_is_none(course: Callable[..., Course], tmp_path: Path):
     rows = [{"text": row["text"], "label": "same"} for row in GLOSSES[:8]]
-    with pytest.raises(AdapterError, match="all rows are of the class 'same' in column 'label'; give examples of two at least"):
+    with pytest.raises(
+        AdapterError, match="all rows are of the class 'same' in column 'label'; give examples of two at least"
+    ):
         finetune(course(data=save_rows(tmp_path / "one.jsonl", rows)), tmp_path / "adapter", quiet)
 
 

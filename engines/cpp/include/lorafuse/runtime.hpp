@@ -1,4 +1,5 @@
-// The tasks of a bundle in one process, on ONNX Runtime's CPU provider or TensorRT. C++17; docs/cpp.md has a whole program.
+// The tasks of a bundle in one process, on ONNX Runtime's CPU provider or TensorRT. C++17; docs/cpp.md has a whole
+// program.
 //
 //     lorafuse::Runtime runtime("bundle");
 //     std::vector<std::int64_t> ids{101, 2307, 3185, 102}, mask(4, 1), types(4, 0);
@@ -30,7 +31,21 @@ public:
     using std::runtime_error::runtime_error;
 };
 
-enum class DType { float32, float16, bfloat16, float64, int64, int32, int16, int8, uint8, boolean, uint16, uint32, uint64 };
+enum class DType {
+    float32,
+    float16,
+    bfloat16,
+    float64,
+    int64,
+    int32,
+    int16,
+    int8,
+    uint8,
+    boolean,
+    uint16,
+    uint32,
+    uint64
+};
 
 // The dtype's name as the manifest has it, such as "float32"; and the bytes of one element.
 LORAFUSE_API const char* name_of(DType dtype);
@@ -107,13 +122,13 @@ struct Port {
 };
 
 // dedicated: a session for each task, as fast as the unadapted model. Sessions share the base's weights.
-// resident: one session for the tasks of a graph, which takes a task's tensors with the run: a switch costs nothing, and
-// each run what it costs that those weights are not prepacked.
+// resident: one session for the tasks of a graph, which takes a task's tensors with the run: a switch costs nothing,
+// and each run what it costs that those weights are not prepacked.
 enum class Mode { dedicated, resident };
 
 // onnxruntime: a task's ONNX graph, on ONNX Runtime's CPU provider.
-// tensorrt, tensorrt_rtx: the plan that `lorafuse build` made of the task; of the two, the one that this library was built with
-// (TENSORRT_ROOT), and in dedicated mode. The runs of a task take turns.
+// tensorrt, tensorrt_rtx: the plan that `lorafuse build` made of the task; of the two, the one that this library was
+// built with (TENSORRT_ROOT), and in dedicated mode. The runs of a task take turns.
 enum class Backend { onnxruntime, tensorrt, tensorrt_rtx };
 
 struct Options {
@@ -121,7 +136,8 @@ struct Options {
     Backend backend = Backend::onnxruntime;
     // Threads of ONNX Runtime; 0: every core. A bounded session does not spin while it waits.
     int threads = 0;
-    // Bytes of weights that tasks may hold beside the base, of plans all; 0: no bound. The longest unused task is given up first.
+    // Bytes of weights that tasks may hold beside the base, of plans all; 0: no bound. The longest unused task is given
+    // up first.
     std::uint64_t memory = 0;
     // ONNX Runtime's library, by name or path; empty: the one that this library was built for.
     std::string onnxruntime;

@@ -1,14 +1,16 @@
-"""Our calls against the signatures of the vendor's real bindings; ``scripts/check_tensorrt_api`` says how, and what it can't see."""
+"""Our calls against the signatures of the vendor's real bindings; ``scripts/checks/tensorrt_api.py`` says how, and what
+it can't see.
+"""
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from scripts.checks import tensorrt_api
 
 ROOT = Path(__file__).resolve().parents[4]
 CACHE = ROOT / ".cache" / "tensorrt-bindings"
@@ -16,12 +18,9 @@ CACHE = ROOT / ".cache" / "tensorrt-bindings"
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("check_tensorrt_api", str(ROOT / "scripts" / "check_tensorrt_api"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
     if shutil.which("cc") is None or shutil.which("nm") is None:
         pytest.skip("a C compiler and binutils are needed")
-    return module
+    return tensorrt_api
 
 
 @pytest.mark.parametrize("version", ["10.0.1", "10.16.1.11", "11.4.0.106", "rtx"])
@@ -45,7 +44,12 @@ def test_calls_that_do_not_fit_are_found(check: ModuleType, tmp_path: Path, monk
     monkeypatch.setattr(check, "PACKAGE", broken)
     pytest.importorskip("tensorrt_rtx")
     found = check.problems_with("rtx", CACHE, tmp_path)
-    assert sorted(line.split(":")[0] for line in found) == ["checked_network.py", "checked_refit.py", "checked_session.py", "checked_session.py"]
+    assert sorted(line.split(":")[0] for line in found) == [
+        "checked_network.py",
+        "checked_refit.py",
+        "checked_session.py",
+        "checked_session.py",
+    ]
 
 
 @pytest.mark.parametrize("version", ["10.0.1", "11.4.0.106"])

@@ -29,7 +29,9 @@ int cuInit(unsigned flags) { return 100; }
 int cuDriverGetVersion(int *version) { *version = 12090; return 0; }
 static int no_device() { return 100; }
 int cuGetProcAddress_v2(const char *name, void **function, int version, unsigned long long flags, void *status) {
-    *function = !strcmp(name, "cuInit") ? (void *)cuInit : !strcmp(name, "cuDriverGetVersion") ? (void *)cuDriverGetVersion : (void *)no_device;
+    *function = (void *)no_device;
+    if (!strcmp(name, "cuInit")) *function = (void *)cuInit;
+    if (!strcmp(name, "cuDriverGetVersion")) *function = (void *)cuDriverGetVersion;
     if (!strcmp(name, "cuGetProcAddress")) *function = (void *)cuGetProcAddress_v2;
     return 0;
 }
@@ -49,7 +51,9 @@ def test_no_driver_is_error_35_in_cudas_words():
 def test_a_driver_that_finds_no_device_is_error_100(tmp_path: Path):
     (tmp_path / "driver.c").write_text(DRIVER)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"], check=True)
-    done = subprocess.run([sys.executable, "-c", ASK], env={"LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], env={"LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "no CUDA device on this machine (CUDA error 100: no CUDA-capable device is detected)\n"
 
 
@@ -63,5 +67,9 @@ def test_an_events_calls_take_what_they_are_given():
     with pytest.raises(EngineError, match="CUDA error 35"):
         Event()
     event, handle = cudart.cudaEvent_t(0), 0
-    for status, *_ in (cudart.cudaEventRecord(event, handle), cudart.cudaEventElapsedTime(event, event), cudart.cudaEventDestroy(event)):
+    for status, *_ in (
+        cudart.cudaEventRecord(event, handle),
+        cudart.cudaEventElapsedTime(event, event),
+        cudart.cudaEventDestroy(event),
+    ):
         assert int(status) == 35

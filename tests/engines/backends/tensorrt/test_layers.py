@@ -15,7 +15,12 @@ def information(*layers: dict[str, Any] | str) -> str:
     return json.dumps({"Layers": layers, "Bindings": ["input_ids", "logits"]})
 
 
-GEMM = {"Name": "query", "LayerType": "gemm", "TacticName": "sm80_xmma_128x64", "Weights": {"Type": "Half", "Count": 147456}}
+GEMM = {
+    "Name": "query",
+    "LayerType": "gemm",
+    "TacticName": "sm80_xmma_128x64",
+    "Weights": {"Type": "Half", "Count": 147456},
+}
 SOFTMAX = {"Name": "softmax", "LayerType": "kgen", "TacticName": "0x17"}
 
 
@@ -24,16 +29,22 @@ def test_equal_engines_have_no_difference():
 
 
 def test_another_tactic_is_found_at_its_layer():
-    found = layer_differences(information(SOFTMAX, GEMM), information(SOFTMAX, {**GEMM, "TacticName": "sm80_xmma_64x64"}))
+    found = layer_differences(
+        information(SOFTMAX, GEMM), information(SOFTMAX, {**GEMM, "TacticName": "sm80_xmma_64x64"})
+    )
     assert found == [LayerDifference(1, "TacticName", "sm80_xmma_128x64", "sm80_xmma_64x64")]
 
 
 def test_a_layer_that_one_engine_lacks_is_found():
-    assert layer_differences(information(GEMM, SOFTMAX), information(GEMM)) == [LayerDifference(1, "layer", "softmax", "none")]
+    assert layer_differences(information(GEMM, SOFTMAX), information(GEMM)) == [
+        LayerDifference(1, "layer", "softmax", "none")
+    ]
 
 
 def test_a_field_that_one_layer_lacks_is_found():
-    assert layer_differences(information(GEMM), information({**GEMM, "Stream": 1})) == [LayerDifference(0, "Stream", "None", "1")]
+    assert layer_differences(information(GEMM), information({**GEMM, "Stream": 1})) == [
+        LayerDifference(0, "Stream", "None", "1")
+    ]
 
 
 def test_engines_built_without_detail_are_compared_by_name():

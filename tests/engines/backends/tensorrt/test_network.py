@@ -14,13 +14,14 @@ import onnx
 import pytest
 from onnx import helper
 
-from engines.backends import AxisRange, Backend, BuildOptions, Model, NoDeviceError, Plan, backend, unheard
-from engines.runtime import task_model
-from exporter.arms import unadapted_graph
+from engines.backends import AxisRange, Backend, BuildOptions, Model, NoDeviceError, Plan, backend
+from engines.serving.load import task_model
 from exporter.bundle.manifest import Bundle
-from exporter.reference import base_values, merged_values
+from exporter.proof.reference import base_values, merged_values
+from exporter.variants.graphs import unadapted_graph
 from lora.errors import EngineError
-from lora.tensorfile import Array
+from lora.files.tensorfile import Array
+from lora.progress import unheard
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -28,7 +29,9 @@ AXES = {"batch": AxisRange(1, 1, 8), "sequence": AxisRange(1, 128, 256)}
 SHAPES = {"--trt-min-shapes": "1,1", "--trt-opt-shapes": "1,128", "--trt-max-shapes": "8,256"}
 TINY = BuildOptions(("8.9",), ({"batch": AxisRange(1, 1, 8), "sequence": AxisRange(1, 16, 64)},))
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-ADAPTED = [f"bert.encoder.layer.{layer}.attention.self.{target}.weight" for layer in range(6) for target in ("query", "value")]
+ADAPTED = [
+    f"bert.encoder.layer.{layer}.attention.self.{target}.weight" for layer in range(6) for target in ("query", "value")
+]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +51,9 @@ def movies(real_bundle: Bundle) -> Model:
 
 @pytest.fixture(scope="session")
 def build(rtx: Backend) -> Callable[..., Plan]:
-    return lambda model, capability="8.9", axes=AXES: rtx.build(model, BuildOptions((capability,) if capability is not None else (), (axes,)), unheard)
+    return lambda model, capability="8.9", axes=AXES: rtx.build(
+        model, BuildOptions((capability,) if capability is not None else (), (axes,)), unheard
+    )
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +68,9 @@ def base_plan(real_bundle: Bundle, build: Callable[..., Plan]) -> Plan:
 
 
 @pytest.mark.parametrize(("capability", "target"), [("12.0", "12.0"), (None, "portable")])
-def test_builds_the_real_task_in_float32(movies: Model, build: Callable[..., Plan], capability: str | None, target: str):
+def test_builds_the_real_task_in_float32(
+    movies: Model, build: Callable[..., Plan], capability: str | None, target: str
+):
     plan = build(movies, capability)
     assert plan.target == target
     assert len(plan.content) > 90_000_000  # 22.7 million weights of four bytes
@@ -75,11 +82,16 @@ def test_second_build_gives_the_same_bytes(movies: Model, build: Callable[..., P
 
 
 @pytest.mark.parametrize("name", ADAPTED)
-def test_plan_holds_the_merged_weights_and_none_of_the_bases(real_bundle: Bundle, movies_plan: Plan, base_plan: Plan, name: str):
+def test_plan_holds_the_merged_weights_and_none_of_the_bases(
+    real_bundle: Bundle, movies_plan: Plan, base_plan: Plan, name: str
+):
     merged, base = merged_values(real_bundle, "movies")[name], base_values(real_bundle, "movies")[name]
     assert found(merged, movies_plan) == 1
     assert found(base, movies_plan) == 0
-    assert (found(merged, base_plan), found(base, base_plan)) == (0, 1)  # the search would find the base's, were they there
+    assert (found(merged, base_plan), found(base, base_plan)) == (
+        0,
+        1,
+    )  # the search would find the base's, were they there
 
 
 def found(matrix: Array, plan: Plan) -> float:
@@ -89,7 +101,10 @@ def found(matrix: Array, plan: Plan) -> float:
     Q, K and V are packed beside each other, so that a matrix is found row by row and not as one piece.
     """
     rows = range(5, len(matrix), 128)
-    return max(np.mean([np.ascontiguousarray(order[row]).tobytes() in plan.content for row in rows]) for order in (matrix, matrix.T))
+    return max(
+        np.mean([np.ascontiguousarray(order[row]).tobytes() in plan.content for row in rows])
+        for order in (matrix, matrix.T)
+    )
 
 
 def test_steps_are_reported_in_order(rtx: Backend, tiny_bundle: Bundle):
@@ -98,7 +113,9 @@ def test_steps_are_reported_in_order(rtx: Backend, tiny_bundle: Bundle):
     def heard(step: str, share: float | None = None) -> None:
         steps.append((step, share))
 
-    rtx.build(task_model(tiny_bundle, "first"), BuildOptions(("8.9",), (AXES | {"sequence": AxisRange(1, 16, 64)},)), heard)
+    rtx.build(
+        task_model(tiny_bundle, "first"), BuildOptions(("8.9",), (AXES | {"sequence": AxisRange(1, 16, 64)},)), heard
+    )
     assert steps[:2] == [("parsing the model", None), ("building the engine", None)]
     shares = [share for _, share in steps[2:]]
     assert len(shares) > 3
@@ -107,7 +124,9 @@ def test_steps_are_reported_in_order(rtx: Backend, tiny_bundle: Bundle):
 
 
 @pytest.mark.parametrize("capability", ["9.0", "8.9.0", "SM89", "89", ""])
-def test_unknown_compute_capability_is_refused_with_the_known_ones(movies: Model, build: Callable[..., Plan], capability: str):
+def test_unknown_compute_capability_is_refused_with_the_known_ones(
+    movies: Model, build: Callable[..., Plan], capability: str
+):
     with pytest.raises(EngineError) as error:
         build(movies, capability)
     assert f"compute capability '{capability}' is not one" in str(error.value)
@@ -115,14 +134,18 @@ def test_unknown_compute_capability_is_refused_with_the_known_ones(movies: Model
 
 
 def test_what_the_builder_says_reaches_the_error(movies: Model, build: Callable[..., Plan]):
-    with pytest.raises(EngineError, match=r"FP32 GEMM is not supported") as error:  # of Turing, the one target without them
+    with pytest.raises(
+        EngineError, match=r"FP32 GEMM is not supported"
+    ) as error:  # of Turing, the one target without them
         build(movies, "7.5")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("sequence", [AxisRange(200, 128, 256), AxisRange(1, 300, 256), AxisRange(64, 64, 1)])
 def test_impossible_axis_range_is_refused(movies: Model, build: Callable[..., Plan], sequence: AxisRange):
-    with pytest.raises(EngineError, match=r"optimization profile is not valid \(.*sequence \d+\.\.\d+\.\.\d+\).*MIN<=OPT<=MAX"):
+    with pytest.raises(
+        EngineError, match=r"optimization profile is not valid \(.*sequence \d+\.\.\d+\.\.\d+\).*MIN<=OPT<=MAX"
+    ):
         build(movies, axes={**AXES, "sequence": sequence})
 
 
@@ -133,7 +156,9 @@ def test_axis_without_a_range_is_refused_by_name(movies: Model, build: Callable[
 
 
 @pytest.mark.parametrize("graph", [b"", b"xxxx", b"\0" * 100])
-def test_garbage_that_the_parser_takes_for_an_empty_network_is_refused(tiny_bundle: Bundle, build: Callable[..., Plan], graph: bytes):
+def test_garbage_that_the_parser_takes_for_an_empty_network_is_refused(
+    tiny_bundle: Bundle, build: Callable[..., Plan], graph: bytes
+):
     with pytest.raises(EngineError, match="the parser refused the model"):
         build(Model(graph, tiny_bundle.path))
 
@@ -151,26 +176,42 @@ def test_load_asks_for_a_device_before_it_touches_the_plan(rtx: Backend, movies:
 
 def small(*nodes: onnx.NodeProto, inputs: tuple[str | int, ...] = ("batch", 4)) -> Model:
     """A model of ``nodes`` from x to y."""
-    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in (("x", inputs), ("y", None))]
+    values = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("x", inputs), ("y", None))
+    ]
     graph = helper.make_graph(nodes, "small", values[:1], values[1:])
-    return Model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("acme", 1)]).SerializeToString(), Path())
+    return Model(
+        helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("acme", 1)]
+        ).SerializeToString(),
+        Path(),
+    )
 
 
 def test_an_operator_that_tensorrt_lacks_is_named(build: Callable[..., Plan]):
     model = small(helper.make_node("Frobnicate", ["x"], ["y"], domain="acme", name="odd_one"))
-    with pytest.raises(EngineError, match=r"tensorrt_rtx [\d.]+: the parser refused the model: .*Frobnicate") as refused:
+    with pytest.raises(
+        EngineError, match=r"tensorrt_rtx [\d.]+: the parser refused the model: .*Frobnicate"
+    ) as refused:
         build(model)
     assert "\n" not in str(refused.value)
 
 
 def test_several_capabilities_are_built_into_one_plan(rtx: Backend, tiny_model: Model):
-    one, two = (rtx.build(tiny_model, replace(TINY, compute_capabilities=capabilities), unheard) for capabilities in (("8.9",), ("8.6", "8.9")))
+    one, two = (
+        rtx.build(tiny_model, replace(TINY, compute_capabilities=capabilities), unheard)
+        for capabilities in (("8.9",), ("8.6", "8.9"))
+    )
     assert (one.target, two.target) == ("8.9", "8.6, 8.9")
 
 
 def test_a_decoders_two_profiles_make_one_plan(rtx: Backend, tiny_model: Model):
     narrow = {"batch": AxisRange(1, 1, 1), "sequence": AxisRange(1, 1, 1)}
-    assert rtx.build(tiny_model, replace(TINY, profiles=(*TINY.profiles, narrow)), unheard).content != rtx.build(tiny_model, TINY, unheard).content
+    assert (
+        rtx.build(tiny_model, replace(TINY, profiles=(*TINY.profiles, narrow)), unheard).content
+        != rtx.build(tiny_model, TINY, unheard).content
+    )
 
 
 @pytest.mark.usefixtures("no_device")
@@ -181,7 +222,12 @@ def test_weights_that_can_be_exchanged_need_a_device(rtx: Backend, tiny_model: M
 
 
 def test_full_tensorrts_compatibility_level_is_refused_by_rtx(rtx: Backend, tiny_model: Model):
-    with pytest.raises(EngineError, match="has no hardware compatibility level; without --compute-capability its plans run on any GPU from Ampere on"):
+    with pytest.raises(
+        EngineError,
+        match=(
+            "has no hardware compatibility level; without --compute-capability its plans run on any GPU from Ampere on"
+        ),
+    ):
         rtx.build(tiny_model, replace(TINY, compatible=True), unheard)
 
 
@@ -203,11 +249,23 @@ def test_an_interrupt_ends_the_build(rtx: Backend, tiny_model: Model):
         rtx.build(tiny_model, TINY, interrupted)
 
 
-def test_polygraphy_builds_a_plan_of_the_same_size_from_the_same_model(real_bundle: Bundle, movies_plan: Plan, tmp_path: Path):
+def test_polygraphy_builds_a_plan_of_the_same_size_from_the_same_model(
+    real_bundle: Bundle, movies_plan: Plan, tmp_path: Path
+):
     """An independent road through the same library, with the profile and the target that ours has."""
     model = real_bundle.path / real_bundle.task("movies").model.path
-    shapes = {flag: [f"{name}:[{size}]" for name in ("input_ids", "attention_mask", "token_type_ids")] for flag, size in SHAPES.items()}
-    flags = ["--convert-to", "trt", "--strongly-typed", "--compute-capabilities", "8.9", *(word for flag in shapes for word in (flag, *shapes[flag]))]
+    shapes = {
+        flag: [f"{name}:[{size}]" for name in ("input_ids", "attention_mask", "token_type_ids")]
+        for flag, size in SHAPES.items()
+    }
+    flags = [
+        "--convert-to",
+        "trt",
+        "--strongly-typed",
+        "--compute-capabilities",
+        "8.9",
+        *(word for flag in shapes for word in (flag, *shapes[flag])),
+    ]
     command = [Path(sys.executable).with_name("polygraphy"), "convert", model, "-o", tmp_path / "plan", *flags]
     environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -217,5 +275,7 @@ def test_polygraphy_builds_a_plan_of_the_same_size_from_the_same_model(real_bund
 
 def test_weights_beside_the_models_files_are_refused(rtx: Backend, tiny_model: Model):
     """They would be left out in silence."""
-    with pytest.raises(EngineError, match="takes weights from the model's files alone; write the 1 other values there first"):
+    with pytest.raises(
+        EngineError, match="takes weights from the model's files alone; write the 1 other values there first"
+    ):
         rtx.build(replace(tiny_model, values={"classifier.bias": np.zeros(2, np.float32)}), TINY, unheard)

@@ -16,8 +16,12 @@ from engines.backends.tensorrt.target import dotted, runs_on
         ("8.6, 12.0", [(8, 6), (12, 0)], [(8, 9), (1, 20), (2, 0)]),
     ],
 )
-def test_a_plan_runs_on_the_devices_it_was_built_for(target: str, runs: list[tuple[int, int]], not_on: list[tuple[int, int]]):
-    assert [runs_on(target, capability) for capability in (*runs, *not_on)] == [True] * len(runs) + [False] * len(not_on)
+def test_a_plan_runs_on_the_devices_it_was_built_for(
+    target: str, runs: list[tuple[int, int]], not_on: list[tuple[int, int]]
+):
+    assert [runs_on(target, capability) for capability in (*runs, *not_on)] == [True] * len(runs) + [False] * len(
+        not_on
+    )
 
 
 @pytest.mark.parametrize(("member", "capability"), [("SM75", "7.5"), ("SM89", "8.9"), ("SM120", "12.0")])

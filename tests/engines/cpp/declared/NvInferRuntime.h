@@ -1,6 +1,7 @@
-// What the C++ runtime calls of TensorRT 10, 11 and RTX, declared as NVIDIA's header of that name declares it, for no package
-// that the tests install has that header. It holds the calls against these types and links them with the real library. It can't
-// run them: the classes below have another layout than NVIDIA's, and only functions outside of classes may be called.
+// What the C++ runtime calls of TensorRT 10, 11 and RTX, declared as NVIDIA's header of that name declares it, for no
+// package that the tests install has that header. It holds the calls against these types and links them with the real
+// library. It can't run them: the classes below have another layout than NVIDIA's, and only functions outside of
+// classes may be called.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,7 +19,20 @@ struct Dims {
     std::int64_t d[MAX_DIMS];
 };
 
-enum class DataType : std::int32_t { kFLOAT, kHALF, kINT8, kINT32, kBOOL, kUINT8, kFP8, kBF16, kINT64, kINT4, kFP4, kE8M0 };
+enum class DataType : std::int32_t {
+    kFLOAT,
+    kHALF,
+    kINT8,
+    kINT32,
+    kBOOL,
+    kUINT8,
+    kFP8,
+    kBF16,
+    kINT64,
+    kINT4,
+    kFP4,
+    kE8M0
+};
 enum class TensorIOMode : std::int32_t { kNONE, kINPUT, kOUTPUT };
 enum class OptProfileSelector : std::int32_t { kMIN, kOPT, kMAX };
 enum class ExecutionContextAllocationStrategy : std::int32_t { kSTATIC, kON_PROFILE_CHANGE, kUSER_MANAGED };
@@ -50,7 +64,8 @@ public:
     virtual DataType getTensorDataType(char const* tensorName) const noexcept = 0;
     virtual Dims getTensorShape(char const* tensorName) const noexcept = 0;
     virtual std::int32_t getNbOptimizationProfiles() const noexcept = 0;
-    virtual Dims getProfileShape(char const* tensorName, std::int32_t profileIndex, OptProfileSelector select) const noexcept = 0;
+    virtual Dims getProfileShape(char const* tensorName, std::int32_t profileIndex,
+                                 OptProfileSelector select) const noexcept = 0;
     virtual IExecutionContext* createExecutionContext(
         ExecutionContextAllocationStrategy strategy = ExecutionContextAllocationStrategy::kSTATIC) noexcept = 0;
 };

@@ -1,0 +1,1 @@
+"""Building engines for tasks, and whether they are what they should be."""

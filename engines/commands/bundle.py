@@ -1,0 +1,128 @@
+"""``lorafuse bundle``: look into a bundle, check and pack it, add and remove tasks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engines.commands.export import Labels, Store, StoreChoice, labels_in, print_exported
+from engines.commands.options import AsJson, BundlePath, TaskName
+from engines.commands.terminal import DONE, NO, print_json, print_table, progress
+from lora.wording import megabytes
+
+app = typer.Typer(no_args_is_help=True, help="Look into a bundle, check and pack it, add and remove tasks.")
+
+
+@app.command()
+def add(
+    bundle: BundlePath,
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter, in PEFT's format.")],
+    task: TaskName,
+    labels: Labels = "",
+    store: Store = StoreChoice.dense,
+    as_json: AsJson = False,
+) -> None:
+    """Add a task to a bundle, without the base's checkpoint: a task with the same kind of head must be in it.
+
+    Example: lorafuse bundle add bundle adapters/books --task books --labels negative,positive
+    """
+    from exporter.task import add_task
+
+    with progress(f"add {task}") as step:
+        exported = add_task(bundle, adapter, task, labels_in(labels), store.value, step)
+    print_exported(exported, bundle, as_json)
+
+
+@app.command("ls")
+def list_tasks(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """List the tasks of a bundle, what each adds to it, and its engines.
+
+    Example: lorafuse bundle ls bundle
+    """
+    from exporter.bundle.listing import base_size, listing
+    from exporter.bundle.manifest import open_bundle
+
+    manifest = open_bundle(bundle).manifest
+    tasks = listing(manifest)
+    if as_json:
+        print_json(
+            {
+                "base": {"sha256": manifest.base.sha256, "size": base_size(manifest)},
+                "tasks": [asdict(task) for task in tasks],
+            }
+        )
+        return
+    rows = [
+        (task.task, task.head, task.store, task.graph[:12], megabytes(task.size), ", ".join(task.engines) or "-")
+        for task in tasks
+    ]
+    print_table(
+        f"{bundle}: base {manifest.base.sha256[:12]}…, {megabytes(base_size(manifest))}",
+        ("task", "head", "stored", "graph", "files", "engines"),
+        rows,
+    )
+
+
+@app.command()
+def remove(
+    bundle: BundlePath,
+    task: Annotated[str, typer.Option(help="The task to remove, with its engines.")],
+    as_json: AsJson = False,
+) -> None:
+    """Remove a task from a bundle; the base's weights stay.
+
+    Example: lorafuse bundle remove bundle --task movies
+    """
+    from exporter.bundle.edits import remove_task
+
+    left = sorted(remove_task(bundle, task).manifest.tasks)
+    if as_json:
+        print_json({"removed": task, "tasks": left})
+    else:
+        print(f"removed {task}; {bundle} holds: {', '.join(left) or 'no tasks'}")
+
+
+@app.command()
+def pack(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Argument(help="The tar file to write.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task to pack; repeatable. Default: all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a bundle, or some of its tasks, into one file for shipping; 'tar xf' makes a bundle of it again.
+
+    Example: lorafuse bundle pack bundle movies.tar --task movies
+    """
+    from exporter.bundle.pack import pack_bundle
+
+    with progress("pack") as step:
+        size = pack_bundle(bundle, out, task or (), step)
+    if as_json:
+        print_json({"packed": str(out), "bytes": size})
+    else:
+        print(f"{out}: {megabytes(size)}; 'tar xf' unpacks it to {out.stem}/")
+
+
+@app.command()
+def check(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """Compare every file of a bundle with its manifest, and name those that no manifest names.
+
+    Exit status 1 when something is wrong.
+
+    Example: lorafuse bundle check bundle
+    """
+    from exporter.bundle.check import check_bundle
+
+    with progress("check") as step:
+        findings = check_bundle(bundle, step)
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        print(
+            "\n".join(finding.problem for finding in findings)
+            or f"{bundle}: every file is as its manifest says, and there is no other"
+        )
+    raise typer.Exit(NO if findings else DONE)

@@ -1,0 +1,103 @@
+"""``lorafuse export``, and what it shares with ``lorafuse bundle add``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from engines.commands.options import AsJson, FloatDtype, TaskName
+from engines.commands.terminal import print_json, print_table, progress
+from lora.wording import megabytes
+
+if TYPE_CHECKING:
+    from exporter.task import Exported
+
+
+class StoreChoice(StrEnum):
+    """How a task's changed tensors are kept."""
+
+    dense = "dense"
+    factors = "factors"
+
+
+Labels = Annotated[str, typer.Option(help="Class labels, comma-separated, in the order of the head's outputs.")]
+Store = Annotated[
+    StoreChoice,
+    typer.Option(
+        help="dense: merged tensors, for any runtime. factors: the adapter alone, merged when the task is loaded."
+    ),
+]
+
+
+def export(
+    base: Annotated[
+        Path, typer.Argument(help="Folder of the base model: config.json, model.safetensors, tokenizer.json.")
+    ],
+    adapter: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of the adapter, in PEFT's format. Without one, the task is the base as it is."),
+    ] = None,
+    *,
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="The bundle; created if there is none, else the task is added to it.")],
+    labels: Labels = "",
+    task_type: Annotated[
+        str | None,
+        typer.Option(help="SEQ_CLS, TOKEN_CLS, CAUSAL_LM … Default: the adapter's, or the base's architecture."),
+    ] = None,
+    precision: Annotated[
+        FloatDtype | None, typer.Option(help="Of weights and products. Default: the bundle's, or float32 in a new one.")
+    ] = None,
+    store: Store = StoreChoice.dense,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base and write the task into a bundle.
+
+    The base is traced once per distinct head; a further task adds its changed tensors and its graph.
+
+    Example: lorafuse export MiniLM adapters/movies --task movies --labels negative,positive --out bundle
+    """
+    from exporter.task import Request, export_task
+
+    request = Request(
+        base, adapter, task, labels_in(labels), task_type, precision.value if precision else None, store.value
+    )
+    with progress(f"export {task}") as step:
+        exported = export_task(request, out, step)
+    print_exported(exported, out, as_json)
+
+
+def labels_in(labels: str) -> tuple[str, ...]:
+    """The labels in a list with commas."""
+    return tuple(filter(None, labels.split(",")))
+
+
+def print_exported(exported: Exported, out: Path, as_json: bool) -> None:
+    """What was added to the bundle, for people or as JSON."""
+    added = {
+        "base weights": exported.base_bytes,
+        "graph": exported.graph_bytes,
+        "changed tensors": exported.changed_bytes,
+        "adapter (kept for verification)": exported.adapter_bytes,
+    }
+    if as_json:
+        print_json(
+            {
+                "task": exported.task,
+                "bundle": str(out),
+                "traced": exported.traced,
+                "changed": exported.changed,
+                "bytes_added": added,
+            }
+        )
+        return
+    traced = "base traced" if exported.traced else "graph reused"
+    rows = [(what, megabytes(size)) for what, size in added.items()]
+    print_table(
+        f"{exported.task} → {out}: {len(exported.changed)} tensors changed, {traced}",
+        ("added to the bundle", "size"),
+        rows,
+    )

@@ -1,0 +1,48 @@
+"""The vocabulary of options: what several commands take is written here, once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora.errors import LorafuseError
+
+
+class FloatDtype(StrEnum):
+    """The dtypes that weights can be stored in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class BackendChoice(StrEnum):
+    """The backends as the command line takes them."""
+
+    onnxruntime = "onnxruntime"
+    onnxruntime_cuda = "onnxruntime-cuda"
+    onnxruntime_tensorrt = "onnxruntime-tensorrt"
+    onnxruntime_rtx = "onnxruntime-rtx"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
+TaskName = Annotated[str, typer.Option(help="Name of the task in the bundle.")]
+Backend = Annotated[BackendChoice, typer.Option(help="What runs the engine.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads. One is steadiest on a machine that does other work.")]
+
+
+def names_in(targets: str, otherwise: str) -> tuple[str, ...]:
+    """The names in a list with commas; spaces around them and a comma too many are no names.
+
+    Raises LorafuseError saying ``otherwise`` where none is left.
+    """
+    names = tuple(name.strip() for name in targets.split(",") if name.strip())
+    if not names:
+        raise LorafuseError(f"--targets '{targets}': {otherwise}")
+    return names

@@ -1,0 +1,1 @@
+"""Whether what was exported is what the adapter's formula says."""

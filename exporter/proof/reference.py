@@ -1,0 +1,83 @@
+"""The torch model that a bundle's graph came from, run on any weights: the reference that engines are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from exporter.bundle.changes import base_stored, bundled_changes, merged_at_load, own_stored
+from exporter.bundle.manifest import MODULE, Bundle
+from exporter.transformers_base import skeleton
+from lora.errors import ExportError
+from lora.files.tensorfile import Array
+from lora.merging.merge import apply
+
+Inputs = Mapping[str, Array]
+Runner = Callable[[Inputs], Array]
+
+
+def base_values(bundle: Bundle, task: str) -> dict[str, Array]:
+    """The unadapted weights by parameter name; what the base does not have (a trained head) is the task's."""
+    return {**own_stored(bundle, task), **base_stored(bundle, task)}
+
+
+def merged_values(bundle: Bundle, task: str) -> dict[str, Array]:
+    """The weights that ``task`` is run with, by parameter name: as the bundle stores them, or merges them when it is
+    loaded.
+    """
+    base = base_stored(bundle, task)
+    return {**base, **own_stored(bundle, task), **merged_at_load(bundle, task, base)}
+
+
+def exact_values(bundle: Bundle, task: str) -> dict[str, Array]:
+    """The weights as the formula has them, in float64, from the base and the adapter."""
+    values = {name: np.asarray(values, np.float64) for name, values in base_values(bundle, task).items()}
+    return values | {
+        name: apply(changes, values[name], np.float64) for name, changes in bundled_changes(bundle, task).items()
+    }
+
+
+def torch_runner(bundle: Bundle, task: str, values: Mapping[str, Array], exact: bool = False) -> Runner:
+    """The first output of the torch model on ``values``, computed in the bundle's precision, or in float64 for
+    ``exact``.
+
+    Raises ExportError where the base was not made by transformers: what made it is not in the bundle.
+    """
+    import torch
+
+    from exporter.graph.signature import signature
+
+    graph = bundle.graph(bundle.task(task))
+    head = graph.head
+    absent = sorted(graph.weights.keys() - values.keys())
+    assert not absent, f"no values for weights of the graph: {absent}"
+    if head.task_type == MODULE:
+        raise ExportError(
+            f"{bundle.path}: task '{task}' was exported from a Python module, which the bundle can't rebuild; compare"
+            " with the module itself"
+        )
+    model = skeleton(bundle.path / "base", head, bundle.manifest.base.precision)
+    model = model.to(torch.float64) if exact else model
+    unknown = model.load_state_dict(
+        {name: _tensor(array) for name, array in values.items()}, strict=False
+    ).unexpected_keys
+    assert not unknown, f"the graph has weights that the model lacks: {unknown}"
+    module = signature(model, head).module
+
+    def run(inputs: Inputs) -> Array:
+        with torch.no_grad():
+            output: Array = module({name: _tensor(values) for name, values in inputs.items()})[0].numpy()
+        return output
+
+    return run
+
+
+def _tensor(values: Array) -> Any:
+    """A torch tensor of the same dtype; numpy's bfloat16 comes from ml_dtypes, which torch does not know."""
+    import torch
+
+    if values.dtype.name == "bfloat16":
+        return torch.from_numpy(np.array(values).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(values))

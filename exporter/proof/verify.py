@@ -1,0 +1,164 @@
+"""Verifying a task: the formula in float64, the merged torch model, the ONNX graph and the engines, each against the
+first.
+
+A merge that did nothing would pass any comparison of the merged model with itself, so the task must also differ from
+the unadapted model by far more than the stages may differ from one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ml_dtypes import finfo  # numpy's own knows no bfloat16
+
+from exporter.bundle.changes import bundled_changes
+from exporter.bundle.manifest import Bundle, Precision
+from exporter.graph.digest import graph_digest
+from exporter.proof.reference import Inputs, Runner, base_values, exact_values, merged_values, torch_runner
+from exporter.variants.graphs import merged_graph
+from lora.adapter import Change
+from lora.errors import LorafuseError
+from lora.files.tensorfile import Array
+from lora.merging.delta import error_bound
+from lora.merging.merge import Targets
+
+# Of the largest output. A float32 encoder of 6 layers is off by about 1e-6 of it, one in float16 by 2e-3, in bfloat16
+# by 1e-2.
+OUTPUT_BOUND: Mapping[Precision, float] = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 5e-2}
+# The task must move the outputs by this many times the bound, or "equal" would say nothing.
+LEAST_MOVE: Mapping[Precision, float] = {"float32": 10, "float16": 3, "bfloat16": 3}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage against the formula: the worst difference and where it is, the bound it is held to, and the answer.
+
+    ``passed`` is None where the stage could not be run here; ``note`` then says why.
+    """
+
+    name: str
+    difference: float
+    bound: float
+    where: str
+    got: float
+    want: float
+    passed: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All stages; ``moved`` is how far the task moves the unadapted outputs; the digests prove equal graphs."""
+
+    task: str
+    inputs: int
+    stages: tuple[Stage, ...]
+    moved: float
+    least_move: float
+    digest: str
+    unadapted_digest: str
+
+    @property
+    def passed(self) -> bool:
+        """Every stage that ran is within its bound, the task differs from its base, and the graphs are the same."""
+        return (
+            all(stage.passed is not False for stage in self.stages)
+            and self.differs
+            and self.digest == self.unadapted_digest
+        )
+
+    @property
+    def differs(self) -> bool:
+        """Whether the task does anything: a merge that did nothing agrees with itself at every stage."""
+        return self.moved >= self.least_move
+
+
+def verify(bundle: Bundle, task: str, batches: Sequence[Inputs], runners: Mapping[str, Runner]) -> Verification:
+    """Hold ``task`` against its formula on ``batches`` of inputs.
+
+    ``runners`` are the further stages by name (ONNX, engines); one that raises a LorafuseError is reported as not run.
+    """
+    exact_weights, stored_weights, base = (
+        exact_values(bundle, task),
+        merged_values(bundle, task),
+        base_values(bundle, task),
+    )
+    oracle, changes, precision = (
+        torch_runner(bundle, task, exact_weights, exact=True),
+        bundled_changes(bundle, task),
+        bundle.manifest.base.precision,
+    )
+    exact = [oracle(batch) for batch in batches]
+    bound = OUTPUT_BOUND[precision] * max(float(np.abs(outputs).max()) for outputs in exact)
+    stages = [
+        _weights_stage(changes, base, exact_weights, stored_weights),
+        _output_stage("merged torch", exact, bound, batches, torch_runner(bundle, task, stored_weights)),
+        *(_output_stage(name, exact, bound, batches, run) for name, run in runners.items()),
+    ]
+    unadapted = torch_runner(bundle, task, base, exact=True)
+    return Verification(
+        task=task,
+        inputs=sum(len(outputs) for outputs in exact),
+        stages=tuple(stages),
+        moved=max(
+            float(np.abs(outputs - unadapted(batch)).max()) for outputs, batch in zip(exact, batches, strict=True)
+        ),
+        least_move=LEAST_MOVE[precision] * bound if changes else 0.0,
+        digest=graph_digest(merged_graph(bundle, task)),
+        unadapted_digest=bundle.task(
+            task
+        ).graph,  # taken when the base was traced; the arms are made of the merged graph and prove nothing
+    )
+
+
+def _weights_stage(
+    changes: Targets, base: Mapping[str, Array], exact: Mapping[str, Array], stored: Mapping[str, Array]
+) -> Stage:
+    """Every stored weight against the formula; a merged one within the rounding of its own float32 computation and of
+    its dtype.
+    """
+    worst = (-1.0, "", 0.0, 0.0, 0.0)
+    for name, want in exact.items():
+        bound = _rounding(base[name], changes.get(name, []), want, stored[name].dtype)
+        excess = np.abs(stored[name].astype(np.float64) - want) / bound
+        place = np.unravel_index(int(excess.argmax()), excess.shape)
+        if not (excess[place] <= worst[0] or np.isnan(worst[0])):  # NaN is the worst of all
+            worst = (
+                float(excess[place]),
+                f"{name}{list(map(int, place))}",
+                float(stored[name][place]),
+                float(want[place]),
+                float(bound[place]),
+            )
+    excess_ratio, where, got, value, limit = worst
+    return Stage("stored weights", abs(got - value), limit, where, got, value, excess_ratio <= 1)
+
+
+def _rounding(base: Array, changes: Sequence[Change], exact: Array, dtype: np.dtype[Any]) -> Array:
+    """What float32 may lose in the changes, and half a unit of a narrower dtype; where there are no changes, the value
+    must be exact.
+    """
+    bound: Array = sum(
+        (error_bound(change, base) for change in changes), start=np.full(base.shape, np.finfo(np.float64).tiny)
+    )
+    if changes and dtype != np.float32:
+        limits = finfo(dtype)  # type: ignore[no-untyped-call]
+        bound += np.maximum(np.abs(exact), float(limits.tiny)) * float(limits.eps) * 0.5
+    return bound
+
+
+def _output_stage(name: str, exact: Sequence[Array], bound: float, batches: Sequence[Inputs], run: Runner) -> Stage:
+    try:
+        outputs = [run(batch) for batch in batches]
+    except LorafuseError as error:
+        return Stage(name, 0.0, bound, "", 0.0, 0.0, None, str(error))
+    differences = [np.abs(got - want) for got, want in zip(outputs, exact, strict=True)]
+    batch = int(np.argmax([difference.max() for difference in differences]))
+    place = np.unravel_index(int(differences[batch].argmax()), differences[batch].shape)
+    row = sum(len(outputs) for outputs in exact[:batch]) + int(place[0])
+    where = f"input {row}, output {list(map(int, place[1:]))}"
+    worst = float(differences[batch][place])
+    return Stage(name, worst, bound, where, float(outputs[batch][place]), float(exact[batch][place]), worst <= bound)

@@ -1,0 +1,38 @@
+"""A task that is stored as factors, as a model with dense weights: what a builder needs that knows no merge."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from exporter.bundle.changes import in_graph_order, merged_at_load
+from exporter.bundle.layout import key
+from exporter.bundle.manifest import Bundle
+from exporter.graph.external_data import pointed
+from exporter.variants.graphs import merged_graph
+from lora.files.tensorfile import Array, Lazy, TensorFile, write_tensors
+
+
+def densified(bundle: Bundle, task: str, folder: Path) -> bytes:
+    """The task's ONNX model, its external data in ``folder``: the merged tensors are written there, and the bundle's
+    files copied.
+
+    Not linked: ONNX refuses external data with several links, and whoever loads the bundle meanwhile would meet that.
+    """
+    record, weights = bundle.task(task), bundle.graph(bundle.task(task)).weights
+    values = in_graph_order(bundle, task, merged_at_load(bundle, task))
+    files = [
+        Path(shutil.copy(bundle.checked(file), folder)) for file in (*bundle.manifest.base.weights, *record.own_weights)
+    ]
+    merged = folder / "merged.safetensors"
+    write_tensors(merged, {key(name, weights[name]): _lazy(tensor) for name, tensor in values.items()})
+    content: bytes = pointed(
+        merged_graph(bundle, task), weights, [TensorFile(file) for file in (*files, merged)]
+    ).SerializeToString()
+    return content
+
+
+def _lazy(values: Array) -> Lazy:
+    return Lazy(values.dtype, values.shape, lambda: np.asarray(values))

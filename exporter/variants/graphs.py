@@ -1,0 +1,106 @@
+"""The graphs that a merged task is held against: the unadapted model, the adapter left unmerged, the weights that
+switch as inputs.
+
+All are made of the merged graph by editing it, so that nothing but the named difference can differ.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from exporter.bundle.changes import bundled_changes, in_graph_order, merged_at_load, own_stored
+from exporter.bundle.manifest import Bundle
+from exporter.graph.external_data import load_graph, pointed
+from lora.adapter import Change, LowRank, Replacement
+from lora.errors import ExportError
+from lora.files.tensorfile import Array, TensorFile
+
+# Where a merged weight is read: y = x · W, with the weight as the second input (Gemm: not transposed again).
+READERS = ("MatMul", "Gemm")
+
+
+def merged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
+    """The task's own graph; of one stored as factors, the graph that its merged tensors are put into."""
+    return load_graph(bundle.checked(bundle.task(task).model))
+
+
+def unadapted_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
+    """The task's graph on the base's weights; what the base does not have (a trained head) stays the task's."""
+    record = bundle.task(task)
+    files = [TensorFile(bundle.checked(file)) for file in (*record.own_weights, *bundle.manifest.base.weights)]
+    return pointed(merged_graph(bundle, task), bundle.graph(record).weights, files)
+
+
+def switchable_graph(bundle: Bundle, task: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """The unadapted graph with what the task changes as inputs instead of weights, and the task's values for them: a
+    resident engine's form.
+    """
+    graph, values = (
+        unadapted_graph(bundle, task),
+        in_graph_order(bundle, task, {**own_stored(bundle, task), **merged_at_load(bundle, task)}),
+    )
+    for tensor in [tensor for tensor in graph.graph.initializer if tensor.name in values]:
+        graph.graph.initializer.remove(tensor)
+        graph.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return graph, values
+
+
+def unmerged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
+    """The unadapted graph plus ``scaling · B · A · x`` beside every adapted weight, as an unmerged server computes it.
+
+    Raises ExportError where an adapted weight is not read by a MatMul or Gemm.
+    """
+    graph = unadapted_graph(bundle, task)
+    for parameter, changes in bundled_changes(bundle, task).items():
+        for change in changes:
+            if not isinstance(change, Replacement):  # replaced tensors are the task's in this graph already
+                _add_branch(graph.graph, parameter, change)
+    return graph
+
+
+def _add_branch(graph: onnx.GraphProto, parameter: str, update: Change) -> None:
+    if not isinstance(update, LowRank) or update.magnitude is not None or update.layout not in ("linear", "transposed"):
+        raise ExportError(
+            f"'{parameter}' is changed by more than a low-rank product of a matrix; there is no unmerged arm for"
+            " that yet"
+        )
+    readers = [(index, node) for index, node in enumerate(graph.node) if parameter in node.input]
+    for index, node in reversed(readers):
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        plain = (
+            node.op_type in READERS
+            and node.input[1] == parameter
+            and not attributes.get("transA")
+            and attributes.get("alpha", 1.0) == 1.0
+        )
+        if not plain:
+            raise ExportError(
+                f"'{parameter}' is read by a {node.op_type} in a way that has no unmerged arm; expected x · W by"
+                f" {' or '.join(READERS)}"
+            )
+        for position, branch in enumerate(_branch(node, update)):
+            graph.node.insert(index + 1 + position, branch)
+    dtype = next(tensor.data_type for tensor in graph.initializer if tensor.name == parameter)
+    down, up = update.a.T.astype(np.float32), (update.b.astype(np.float32) * np.float32(update.scaling)).T
+    for name, values in ((_name(update, "A"), down), (_name(update, "B"), up)):
+        graph.initializer.append(
+            numpy_helper.from_array(np.ascontiguousarray(values.astype(helper.tensor_dtype_to_np_dtype(dtype))), name)
+        )
+
+
+def _branch(node: onnx.NodeProto, update: LowRank) -> list[onnx.NodeProto]:
+    """MatMul(x, Aᵀ), MatMul(·, scaling · Bᵀ), and the sum with the dense product under the output's name."""
+    output = node.output[0]
+    dense, reduced, delta = (f"{output}.{part}" for part in ("dense", "lora_A", "lora_B"))
+    node.output[0] = dense
+    return [
+        helper.make_node("MatMul", [node.input[0], _name(update, "A")], [reduced]),
+        helper.make_node("MatMul", [reduced, _name(update, "B")], [delta]),
+        helper.make_node("Add", [dense, delta], [output]),
+    ]
+
+
+def _name(update: LowRank, factor: str) -> str:
+    return f"{update.module}.lora_{factor}.weight"

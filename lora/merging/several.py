@@ -1,0 +1,109 @@
+"""Several adapters on one base, each with a weight.
+
+The result does not depend on the order in which the adapters are given: they are put in the order of their hashes. What
+would depend on it, or has no sum, is refused: DoRA (its norm is of the weight as it is then), and tensors that two
+adapters replace with different values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows, Rule
+from lora.errors import AdapterError
+from lora.files.tensorfile import Array
+from lora.merging.fit import changes_by_parameter
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter and the factor that its update is scaled by; 1 is the adapter as it was trained."""
+
+    adapter: Adapter
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Blending:
+    """The rule, the share of each update that pruning keeps (TIES, DARE), and the seed of DARE's choice."""
+
+    rule: Rule = "linear"
+    density: float = 0.5
+    seed: int = 0
+
+
+def combined(base: Mapping[str, Array], adapters: Sequence[Weighted], blending: Blending) -> dict[str, list[Change]]:
+    """{parameter: its changes} of all adapters together.
+
+    Raises AdapterError when an adapter does not fit the base, or when the adapters can't be combined.
+    """
+    if not 0 < blending.density <= 1:
+        raise AdapterError(f"density {blending.density} is not a share; expected more than 0 and at most 1")
+    ordered = sorted(adapters, key=lambda weighted: (weighted.adapter.sha256, weighted.weight))
+    targets = [changes_by_parameter(base, weighted.adapter) for weighted in ordered]
+    if len(ordered) == 1 and ordered[0].weight == 1:
+        return targets[0]
+    _refuse_dora(ordered)
+    names = sorted({name for target in targets for name in target})
+    paired = list(zip(ordered, targets, strict=True))
+    return {
+        name: _combine_one(name, [(weighted, target[name]) for weighted, target in paired if name in target], blending)
+        for name in names
+    }
+
+
+def _combine_one(name: str, parts: Sequence[tuple[Weighted, list[Change]]], blending: Blending) -> list[Change]:
+    """Replaced tensors first, then the updates: added with their weights, or blended where a rule needs all."""
+    changes = [(weighted, change) for weighted, own in parts for change in own]
+    fixed = [(weighted, change) for weighted, change in changes if isinstance(change, Replacement | Rows)]
+    for weighted, change in fixed[1:]:
+        if not _same_values(change, fixed[0][1]):
+            raise AdapterError(
+                f"{weighted.adapter.path}: '{name}' is replaced by {fixed[0][0].adapter.path} too, with other values; "
+                "tasks with heads of their own can't be combined"
+            )
+    increments: list[Change] = [
+        replace(change, scaling=change.scaling * weighted.weight)
+        for weighted, change in changes
+        if isinstance(change, Increment)
+    ]
+    updates = [(weighted, change) for weighted, change in changes if isinstance(change, LowRank)]
+    if blending.rule == "linear" or not updates:
+        scaled: list[Change] = [
+            replace(update, scaling=update.scaling * weighted.weight) for weighted, update in updates
+        ]
+        return [change for _, change in fixed[:1]] + scaled + increments
+    blend = Blend(
+        updates=tuple(update for _, update in updates),
+        weights=tuple(weighted.weight for weighted, _ in updates),
+        rule=blending.rule,
+        density=blending.density,
+        seeds=tuple(_seed(blending.seed, weighted.adapter, name) for weighted, _ in updates),
+    )
+    return [change for _, change in fixed[:1]] + [blend] + increments
+
+
+def _refuse_dora(adapters: Sequence[Weighted]) -> None:
+    for weighted in adapters:
+        if any(isinstance(change, LowRank) and change.magnitude is not None for change in weighted.adapter.changes):
+            raise AdapterError(
+                f"{weighted.adapter.path}: a DoRA adapter can't be weighted or combined with others: its norm depends"
+                " on the weight it is added to"
+            )
+
+
+def _same_values(change: Replacement | Rows, other: Replacement | Rows) -> bool:
+    if isinstance(change, Replacement) and isinstance(other, Replacement):
+        return np.array_equal(change.value, other.value)
+    if isinstance(change, Rows) and isinstance(other, Rows):
+        return change.rows == other.rows and np.array_equal(change.values, other.values)
+    return False
+
+
+def _seed(seed: int, adapter: Adapter, name: str) -> int:
+    """A seed of its own for each adapter and tensor, whatever the order of either."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {adapter.sha256} {name}".encode()).digest()[:8], "little")

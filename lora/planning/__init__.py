@@ -1,0 +1,1 @@
+"""What an adapter would cost, before it is trained."""

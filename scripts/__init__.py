@@ -1,0 +1,1 @@
+"""What measures, checks and trains, run from the repository: python -m scripts.benchmarks.merge."""

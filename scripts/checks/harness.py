@@ -1,0 +1,198 @@
+"""Is the harness right on real engines? What it says of a planted delay, of nothing planted, and beside other work.
+
+    python -m scripts.checks.harness [--seconds 120] [--length 128] [--json]
+
+On all-MiniLM-L6-v2, batch 1, one thread. The planted delay is a small product of matrices in every block, about 2 %. A
+wrong verdict (equivalent where a delay was planted, slower where none was) is status 1; beside a process on every core
+the harness may only fail to decide, or be right. Then what the harness itself adds to a sample, on a model of about 1
+ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from engines.backends import Model
+from engines.backends.onnxruntime import OnnxRuntime
+from engines.commands.terminal import print_json, print_table
+from engines.feeds.inputs import random_inputs, sizes
+from engines.latency.equivalence import Ratio
+from engines.latency.harness import Arm, Protocol, Work, measure, timed
+from engines.latency.report import Load, Verdict
+from engines.latency.verdict import AGAIN, BASE, MERGED
+from engines.latency.workloads import work_of
+from exporter.graph.external_data import load_graph
+from exporter.task import Request, export_task
+from lora.files.tensorfile import Array
+from scripts.support.packaged_files import minilm
+
+RANK = 48  # of 384: two products with it are a fiftieth of a block's
+WRONG: dict[str, Verdict] = {"nothing": "slower", "about 2 %": "equivalent"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What was planted, whether every core was busy with something else, and what the harness said."""
+
+    planted: str
+    busy: bool
+    verdict: Verdict
+    ratio: Ratio
+    sets: int
+    seconds: float
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.verdict == WRONG[self.planted]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120.0, help="Budget of each case. Default: 120.")
+    parser.add_argument("--length", type=int, default=128, help="Tokens. Default: 128.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cases, overhead = check(Path(folder) / "bundle", arguments.length, arguments.seconds)
+    if arguments.json:
+        print_json({"cases": [asdict(case) for case in cases], "overhead_us": overhead})
+    else:
+        show(cases, overhead)
+    return 1 if any(case.is_wrong for case in cases) else 0
+
+
+def check(bundle: Path, length: int, seconds: float) -> tuple[list[Case], float]:
+    """Every case, and the harness's own µs a sample."""
+    opened = export_task(Request(minilm(), None, "plain"), bundle).bundle
+    plain = load_graph(bundle / opened.task("plain").model.path)
+    graphs = {"nothing": plain, "about 2 %": with_delay(plain)}
+    load = Load(1, length)
+    work = work_of(opened.graph(opened.task("plain")), opened.manifest.base.vocabulary, load)
+    cases = []
+    for busy in (False, True):
+        for planted, graph in graphs.items():
+            arms = [arm_of(BASE, plain, bundle), arm_of(AGAIN, plain, bundle), arm_of(MERGED, graph, bundle)]
+            start = time.monotonic()
+            with other_work(os.cpu_count() or 1 if busy else 0):
+                point = measure(arms, load, work, Protocol(budget=seconds))
+            cases.append(
+                Case(
+                    planted,
+                    busy,
+                    point.verdict,
+                    point.reading(MERGED).ratio,
+                    len(point.samples.runs),
+                    time.monotonic() - start,
+                )
+            )
+    short = random_inputs(
+        opened.graph(opened.task("plain")), opened.manifest.base.vocabulary, sizes(1, 2), seed=0
+    )  # about a millisecond
+    return cases, harness_overhead(plain, bundle, short)
+
+
+def arm_of(name: str, graph: onnx.ModelProto, folder: Path) -> Arm:
+    model = Model(graph.SerializeToString(), folder)
+    return Arm(name, lambda: OnnxRuntime(threads=1).load(model, None))
+
+
+def with_delay(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with a product of two small matrices added to the output of every block's last normalization."""
+    delayed = onnx.ModelProto()
+    delayed.CopyFrom(graph)
+    random = np.random.default_rng(0)
+    nodes = delayed.graph.node
+    ends = [
+        node
+        for node in nodes
+        if node.op_type == "LayerNormalization"
+        and ".output.LayerNorm" in node.input[1]
+        and "attention" not in node.input[1]
+    ]
+    for number, end in enumerate(ends):
+        width = next(tensor for tensor in delayed.graph.initializer if tensor.name == end.input[1]).dims[0]
+        output, plain = end.output[0], f"{end.output[0]}.plain"
+        end.output[0] = plain
+        for name, shape in (("down", (width, RANK)), ("up", (RANK, width))):
+            delayed.graph.initializer.append(
+                numpy_helper.from_array(random.normal(0, 1e-4, shape).astype(np.float32), f"planted.{number}.{name}")
+            )
+        planted = (
+            helper.make_node("MatMul", [plain, f"planted.{number}.down"], [f"{output}.down"]),
+            helper.make_node("MatMul", [f"{output}.down", f"planted.{number}.up"], [f"{output}.up"]),
+            helper.make_node("Add", [plain, f"{output}.up"], [output]),
+        )
+        position = next(index for index, node in enumerate(nodes) if node is end or node.output[0] == plain) + 1
+        for offset, node in enumerate(planted):
+            nodes.insert(position + offset, node)
+    return delayed
+
+
+@contextmanager
+def other_work(processes: int) -> Iterator[None]:
+    """Processes that never rest."""
+    workers = [multiprocessing.Process(target=never_rest, daemon=True) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def never_rest() -> None:
+    while True:
+        pass
+
+
+def harness_overhead(graph: onnx.ModelProto, folder: Path, inputs: Mapping[str, Array]) -> float:
+    """µs a sample between ONNX Runtime's own call and what the harness times, in turns on one session; the median of
+    differences.
+    """
+    session = OnnxRuntime(threads=1).load(Model(graph.SerializeToString(), folder), None)
+    raw, feed = session._session, dict(inputs)
+    outputs = [port.name for port in raw.get_outputs()]
+    calls: tuple[Work, Work] = (lambda _: raw.run(outputs, feed), lambda session: session.run(inputs))
+    times = np.zeros((3000, 2))
+    for number, row in enumerate(times):
+        for index in (0, 1) if number % 2 else (1, 0):
+            row[index] = timed(calls[index], session)
+    return float(np.median(times[:, 1] - times[:, 0])) / 1e3
+
+
+def show(cases: Sequence[Case], overhead: float) -> None:
+    rows = [
+        (
+            case.planted,
+            "every core" if case.busy else "-",
+            case.verdict + (" (WRONG)" if case.is_wrong else ""),
+            f"{case.ratio.median:.4f} [{case.ratio.low:.4f}, {case.ratio.high:.4f}]",
+            str(case.sets),
+            f"{case.seconds:.0f}",
+        )
+        for case in cases
+    ]
+    print_table(
+        "the harness on MiniLM, batch 1, one thread, margin 1 %",
+        ("planted", "other work", "verdict", "ratio", "sets", "s"),
+        rows,
+    )
+    print(f"the harness adds {overhead:.1f} µs to a sample")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What several scripts and tests share: models and data out of packages, and bundles made of them."""

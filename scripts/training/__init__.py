@@ -1,0 +1,1 @@
+"""How the adapters of the demo were trained."""
