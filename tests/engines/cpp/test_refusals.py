@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import engines
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL
 from exporter.task import add_task
 from lora.errors import LorafuseError
 
@@ -33,7 +34,7 @@ def both_refuse(built: Built, bundle: Path, task: str = "first", **options: Any)
 
 
 def task_file(bundle: Path) -> Path:
-    weights = open_bundle(bundle).task("first").weights
+    weights = open_bundle(bundle).task("first").parts[MODEL].weights
     assert weights is not None
     return bundle / weights.path
 
@@ -65,7 +66,7 @@ def test_a_damaged_file_is_named(built: Built, tiny_copy: Path, which: str, dama
     bundle = open_bundle(tiny_copy)
     paths = {
         "weights": task_file(tiny_copy),
-        "model": tiny_copy / bundle.task("first").model.path,
+        "model": tiny_copy / bundle.task("first").parts[MODEL].model.path,
         "base": tiny_copy / bundle.manifest.base.weights[0].path,
     }
     damage(paths[which])
