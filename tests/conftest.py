@@ -16,6 +16,7 @@ from exporter.bundle.manifest import Bundle
 from exporter.task import Request, add_task, export_task
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "rounding"))  # for float32_sums
 
 from demo_tasks import MOVIES, SUPERSENSE
 from packaged_files import minilm
