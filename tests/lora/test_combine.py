@@ -49,7 +49,7 @@ def test_ties_on_whole_updates_is_peft_s(seed: int, count: int, density: float):
     weights = [float(weight) for weight in rng.uniform(0.1, 1.5, count).astype(np.float32)]
     theirs = merge_utils.ties([torch.from_numpy(update) for update in updates], torch.tensor(weights), density)
     ours = blended(Blend((), tuple(weights), "ties", density, ()), updates)
-    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=2 * (count + 2) * EPSILON * np.abs(updates).max() * max(weights))
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=2 * (count + 2) * EPSILON * count * max(weights) * np.abs(updates).max())
 
 
 @pytest.mark.parametrize(("rule", "theirs"), [("dare_linear", merge_utils.dare_linear), ("dare_ties", merge_utils.dare_ties)])
@@ -58,9 +58,8 @@ def test_dare_is_peft_s_on_the_elements_that_are_kept(rule: str, theirs: object,
     kept = iter([np.random.default_rng(seed).random((5, 7)) < 0.6 for seed in (11, 12)])
     monkeypatch.setattr(torch, "bernoulli", lambda values: torch.from_numpy(next(kept).astype(np.float32)))  # PEFT's choice becomes ours
     want = theirs([torch.from_numpy(update) for update in updates], torch.tensor([0.5, 1.2]), 0.6)
-    np.testing.assert_allclose(
-        blended(Blend((), (0.5, 1.2), rule, 0.6, (11, 12)), updates), want.numpy(), rtol=0, atol=2 * 4 * EPSILON * np.abs(updates).max() * 1.2 / 0.6
-    )
+    ours, added = blended(Blend((), (0.5, 1.2), rule, 0.6, (11, 12)), updates), 2 * 1.2 / 0.6 * np.abs(updates).max()
+    np.testing.assert_allclose(ours, want.numpy(), rtol=0, atol=2 * 4 * EPSILON * added)
 
 
 @pytest.mark.parametrize("rule", ["linear", "ties", "dare_linear", "dare_ties"])
