@@ -24,6 +24,7 @@ import torch
 from demo_tasks import ROOT, TASKS, Example, Task, held_out
 from packaged_files import minilm
 
+from engines.latency.environment import machine
 from engines.latency.report import Report, read_report
 from engines.stages import runners
 from engines.text import TextEncoder
@@ -67,6 +68,8 @@ def main() -> int:
     columns = ("task", "examples", "metric", "probe", *STAGES, "predictions changed", "worst difference", "adapter", "bytes added", "latency")
     print()
     print_table("Three adapters of all-MiniLM-L6-v2, from adapter to engine", columns, rows)
+    taken_on = machine(threads=1)
+    print(f"  latency and worst difference are of this machine: {taken_on['processor']}; cores: {taken_on['cores']}")
     sentence = "It was the best film I have seen in years, and I cried."
     for task in TASKS:
         lorafuse("run", BUNDLE, "--task", task.name, "--text", sentence)
