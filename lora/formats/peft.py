@@ -41,6 +41,7 @@ def read_peft(folder: Path) -> Adapter:
         changes=peft_changes(factors, config, PREFIX),
         task_type=config.task_type,
         base_sha256=metadata.get("base_sha256"),
+        model_class=config.model_class,
     )
 
 

@@ -22,7 +22,6 @@ MATCH_SECONDS = 1.0
 # They steer training, or how a model is loaded; the merged weight does not depend on them.
 WITHOUT_EFFECT = frozenset(
     {
-        "auto_mapping",
         "base_model_name_or_path",
         "ensure_weight_tying",
         "exclude_modules",
@@ -77,6 +76,13 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str | None = True
+    auto_mapping: dict[str, Any] | None = None
+
+    @property
+    def model_class(self) -> str | None:
+        """The class of the model that was adapted, which PEFT writes down where no task type says it."""
+        name = (self.auto_mapping or {}).get("base_model_class")
+        return name if isinstance(name, str) else None
 
     def rank(self, module: str) -> int:
         """The rank of the module at this path."""

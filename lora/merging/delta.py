@@ -62,7 +62,9 @@ def delta(update: LowRank, shape: tuple[int, ...], dtype: Float = np.float32) ->
             # Each output channel mixes the rank's kernels: B has extent 1, so composing is one product over the rank.
             product = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
         case "experts":
-            product = _experts(a, b, shape)
+            product = _experts(a, b, shape[0])
+        case "experts_transposed":
+            product = np.swapaxes(_experts(a, b, shape[0]), 1, 2)
     product *= scaling
     return np.asarray(product.reshape(shape))
 
@@ -98,17 +100,15 @@ def error_bound(change: Change, tensor: Array) -> Array:
     return np.zeros(tensor.shape)
 
 
-def _experts(a: Array, b: Array, shape: tuple[int, ...]) -> Any:
-    """Per expert e: ``B[:, :, e] · A[e]``, laid out (experts, in, out) or (experts, out, in) as the weight is.
+def _experts(a: Array, b: Array, experts: int) -> Any:
+    """Per expert e: ``B[:, :, e] · A[e]``, laid out (experts, out, in).
 
     A stacks the experts along its first axis; B interleaves them along its second, with the expert running fastest.
     """
-    experts = shape[0]
     rank_each = a.shape[0] // experts
     stacked_a = a.reshape(experts, rank_each, a.shape[1])
     stacked_b = np.moveaxis(b.reshape(b.shape[0], rank_each, experts), 2, 0)
-    product = np.matmul(stacked_b, stacked_a)
-    return product if shape[1:] == (b.shape[0], a.shape[1]) else np.swapaxes(product, 1, 2)
+    return np.matmul(stacked_b, stacked_a)
 
 
 def _with_magnitude(updated: Array, magnitude: Array, layout: str) -> Array:

@@ -106,6 +106,8 @@ def _merge_one(base: Mapping[str, Array], parameter: str, changes: Sequence[Chan
         exact = apply(changes, before)
         stored_as = dtypes.get(parameter) or (before.dtype if before is not None else exact.dtype)
         stored = exact.astype(stored_as, copy=False)
+    if before is not None and before.shape != exact.shape:
+        before = None  # another size: as good as new
     return Merged(parameter, stored, exact, before, _equal_bits(stored, before), _lost(stored, exact, before))
 
 
