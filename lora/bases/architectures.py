@@ -6,7 +6,7 @@ What is written here is held against transformers' own models in tests/lora/base
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,16 +161,33 @@ def written_down(config: Mapping[str, Any], tensors: Mapping[str, Array], wanted
         if name is not None:
             shape = shape_of(tensors, stored)
             parameters[name] = Parameter(_kind(architecture, name, shape), shape, (Piece(stored),))
-    tied = architecture.tied.get(model.removeprefix(architecture.stem), ())
+    tied = _tied(architecture, config, model)
+    parameters |= {name: parameter for group in tied for name, parameter in _partners(architecture, group, parameters)}
     return with_aliases(
         BaseStructure(
             model=model,
             parameters=parameters,
-            tied=tied if config.get("tie_word_embeddings", architecture.ties) or not architecture.flag_unties else (),
+            tied=tied,
             flag_unties=architecture.flag_unties,
             prefix=architecture.prefix,
         )
     )
+
+
+def _tied(architecture: Architecture, config: Mapping[str, Any], model: str) -> tuple[tuple[str, ...], ...]:
+    if architecture.flag_unties and not config.get("tie_word_embeddings", architecture.ties):
+        return ()
+    return architecture.tied.get(model.removeprefix(architecture.stem), ())
+
+
+def _partners(
+    architecture: Architecture, group: tuple[str, ...], stored: Mapping[str, Parameter]
+) -> Iterator[tuple[str, Parameter]]:
+    """The tied parameters that are not stored, each of the shape of the one that is."""
+    shapes = [stored[name].shape for name in group if name in stored]
+    for name in group:
+        if shapes and name not in stored:
+            yield name, Parameter(_kind(architecture, name, shapes[0]), shapes[0])
 
 
 def class_for(architecture: Architecture, task_type: str) -> str | None:

@@ -43,15 +43,15 @@ def untying(base: Base, targets: Targets, source: object) -> Untying:
     structure = base.structure if base.structure is not None else of_names(base.tensors, "flagged")
     _refuse_unknown(base, structure, targets, source)
     groups = [_stored_names(structure, group) for group in structure.tied]
-    kept = {name: changes for name, changes in targets.items() if name not in _repeated(groups, targets)}
-    parted = [group for group in groups if _parts(group, kept)]
+    parted = [group for group in groups if _parts(group, targets) and not _agrees(group, targets)]
     if not parted:
-        return Untying(kept)
+        repeated = {name for group in groups if _agrees(group, targets) for name in group[1:]}
+        return Untying({name: changes for name, changes in targets.items() if name not in repeated})
     # With the flag, transformers ties nothing any more: then every group is written out.
     written = groups if structure.flag_unties else parted
     tied = base.tensors.tied
-    copies = {name: tied[name] for group in written for name in group if name in tied and name not in kept}
-    return Untying(kept, copies, True, structure.flag_unties)
+    copies = {name: tied[name] for group in written for name in group if name in tied and name not in targets}
+    return Untying(targets, copies, True, structure.flag_unties)
 
 
 def _stored_names(structure: BaseStructure, group: Sequence[str]) -> tuple[str, ...]:
@@ -64,15 +64,10 @@ def _parts(group: Sequence[str], targets: Targets) -> bool:
     return any(name in targets and not all(isinstance(change, Rows) for change in targets[name]) for name in group)
 
 
-def _repeated(groups: Sequence[Sequence[str]], targets: Targets) -> set[str]:
-    """Tied partners that are replaced by the very values of the first: the group stays one tensor."""
-    repeated: set[str] = set()
-    for first, *others in groups:
-        value = _replaced_by(targets.get(first, ()))
-        values = [_replaced_by(targets.get(other, ())) for other in others]
-        if value is not None and all(other is not None and np.array_equal(other, value) for other in values):
-            repeated |= set(others)
-    return repeated
+def _agrees(group: Sequence[str], targets: Targets) -> bool:
+    """Whether all of the group are replaced by the very same values: then it stays one tensor."""
+    first, *others = (_replaced_by(targets.get(name, ())) for name in group)
+    return first is not None and all(other is not None and np.array_equal(other, first) for other in others)
 
 
 def _replaced_by(changes: Sequence[Change]) -> Array | None:

@@ -125,7 +125,7 @@ def output(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         value = getattr(answer, name, None)
         if value is not None:
             return value  # type: ignore[no-any-return]
-    return answer if isinstance(answer, torch.Tensor) else answer[0]  # type: ignore[no-any-return]
+    return answer if isinstance(answer, torch.Tensor) else answer[0]
 
 
 def disturb(parameters: Any, scale: float) -> None:
