@@ -18,7 +18,9 @@ from lora.files.tensorfile import Array
 #               first two
 #   experts     one product per expert: A is (experts · rank, in), B is (out, rank · experts), W (experts, out, in)
 #   experts_transposed   the same, where W is (experts, in, out)
-Layout = Literal["linear", "transposed", "conv", "view", "experts", "experts_transposed"]
+#   flat        (out, in · kernel) = B · A, which takes the weight's shape
+#   sliced      the first columns of A only, as many as the layer has: VeRA's A is for the widest one
+Layout = Literal["linear", "transposed", "conv", "view", "experts", "experts_transposed", "flat", "sliced"]
 # How a format spells module names: as they are, or with dots written as underscores (kohya).
 Spelling = Literal["dotted", "flattened"]
 # How several adapters' updates of one weight become one.
@@ -78,6 +80,19 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Every output of a linear layer, or every input, times a trained factor (IA3): ``W' = diag(values) · W`` and
+    ``bias' = values ∘ bias``, or ``W' = W · diag(values)``. ``axis`` is the weight's, once that is known.
+    """
+
+    module: str
+    values: Array
+    side: Literal["out", "in"]
+    parameters: tuple[str, ...] = ("weight",)
+    axis: int = 0
+
+
+@dataclass(frozen=True)
 class Blend:
     """Updates of one weight by several adapters, blended before they are added: ``W' = W + rule(weights, s·B·A of
     each)``.
@@ -92,7 +107,7 @@ class Blend:
     seeds: tuple[int, ...]
 
 
-Change = LowRank | Increment | Replacement | Rows | Blend
+Change = LowRank | Increment | Replacement | Rows | Scale | Blend
 
 
 @dataclass(frozen=True)

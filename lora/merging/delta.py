@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora.adapter import Blend, Change, Increment, LowRank, Replacement, Rows
+from lora.adapter import Blend, Change, Increment, LowRank, Replacement, Rows, Scale
 from lora.files.tensorfile import Array
 from lora.merging.rules import blended
 
@@ -42,6 +42,10 @@ def changed(change: Change, tensor: Array | None, dtype: Float = np.float32) -> 
         case Increment():
             scaling: Any = dtype(change.scaling)
             return np.asarray(tensor.astype(dtype) + scaling * change.value.astype(dtype))
+        case Scale():
+            values: Any = change.values.astype(dtype)
+            shaped = values.reshape([-1 if index == change.axis else 1 for index in range(tensor.ndim)])
+            return np.asarray(tensor.astype(dtype) * shaped)
         case Rows():
             replaced = np.array(tensor, dtype)
             replaced[list(change.rows)] = change.values.astype(dtype)
@@ -54,8 +58,10 @@ def delta(update: LowRank, shape: tuple[int, ...], dtype: Float = np.float32) ->
     b: Any = update.b.astype(dtype)
     scaling: Any = dtype(update.scaling)
     match update.layout:
-        case "linear" | "view":
+        case "linear" | "view" | "flat":
             product = b @ a
+        case "sliced":
+            raise AssertionError("an update is fitted before it is computed")
         case "transposed":
             product = a.T @ b.T  # (B · A)ᵀ, contiguous as the weight is
         case "conv":
@@ -97,6 +103,8 @@ def error_bound(change: Change, tensor: Array) -> Array:
                 for weight, update in zip(change.weights, change.updates, strict=True)
             ]
             return np.asarray(np.sum(bounds, axis=0))
+        case Scale():
+            return np.asarray(epsilon * np.abs(changed(change, tensor, np.float64)))
     return np.zeros(tensor.shape)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows
+from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows, Scale
 from lora.bases.structure import BaseStructure, Parameter, of_names
 from lora.errors import AdapterError
 from lora.files.tensorfile import Array, shape_of
-from lora.merging.layouts import expert_parameter, in_layout, misfit
+from lora.merging.layouts import STORED, expert_parameter, in_layout, misfit, square
 from lora.merging.naming import Renaming, parameter_names, renaming
 from lora.merging.pieces import on_stored
 
@@ -74,7 +74,7 @@ def _placed(fitting: _Fitting) -> Iterator[tuple[Placed, ...]]:
         if isinstance(fitted, Replacement):
             resized[name] = fitted.value.shape
         stored = on_stored(fitting.adapter.path, name, fitted, parameter, _rows(fitting, parameter))
-        yield tuple(Placed(target, part) for target, part in stored)
+        yield (*(Placed(target, part) for target, part in stored), *_scaled_bias(fitting, name, fitted))
 
 
 def _parameter(fitting: _Fitting, change: Change) -> tuple[str, Parameter]:
@@ -142,6 +142,8 @@ def _fitted(fitting: _Fitting, name: str, change: Change, parameter: Parameter) 
         case Rows():
             _check_rows(fitting, change, parameter)
             return change
+        case Scale():
+            return _scaled(fitting, change, parameter)
         case Blend():
             raise AssertionError("a blend is made of changes that have been placed")
 
@@ -150,6 +152,31 @@ def _checked(fitting: _Fitting, change: Increment, parameter: Parameter, shape: 
     if parameter.shape != shape:
         raise misfit(fitting.adapter.path, change.module, parameter.shape, (shape,))
     return change
+
+
+def _scaled(fitting: _Fitting, change: Scale, parameter: Parameter) -> Scale:
+    """With the axis of the weight that the factors are for; a bias has one only."""
+    outputs = 1 if STORED.get(parameter.kind) == "transposed" else 0
+    axis = 0 if len(parameter.shape) == 1 else outputs if change.side == "out" else 1 - outputs
+    if len(parameter.shape) == 2 and parameter.kind in ("unknown", "flagged"):
+        fitting_axes = [index for index, size in enumerate(parameter.shape) if size == change.values.size]
+        if len(fitting_axes) == 2 and parameter.kind == "unknown":
+            raise square(fitting.adapter.path, change.module, parameter.shape)
+        axis = fitting_axes[0] if len(fitting_axes) == 1 else axis
+    if parameter.shape[axis] != change.values.size:
+        expected = tuple(change.values.size if index == axis else size for index, size in enumerate(parameter.shape))
+        raise misfit(fitting.adapter.path, change.module, parameter.shape, (expected,))
+    return replace(change, axis=axis)
+
+
+def _scaled_bias(fitting: _Fitting, name: str, change: Change) -> Iterator[Placed]:
+    """The layer's bias is scaled with its outputs."""
+    bias = name.removesuffix("weight") + "bias"
+    parameter = fitting.structure.find(bias) if isinstance(change, Scale) and change.side == "out" else None
+    if isinstance(change, Scale) and parameter is not None:
+        fitted = _scaled(fitting, replace(change, parameters=("bias",)), parameter)
+        stored = on_stored(fitting.adapter.path, bias, fitted, parameter, _rows(fitting, parameter))
+        yield from (Placed(target, part) for target, part in stored)
 
 
 def _check_rows(fitting: _Fitting, change: Rows, parameter: Parameter) -> None:
@@ -188,7 +215,7 @@ def _rows(fitting: _Fitting, parameter: Parameter) -> int:
     return shape_of(fitting.base, parts[0].name)[0] if parts else 0
 
 
-def _absent(fitting: _Fitting, change: LowRank | Increment | Rows) -> AdapterError:
+def _absent(fitting: _Fitting, change: LowRank | Increment | Rows | Scale) -> AdapterError:
     name = parameter_names(change, fitting.rename)[0]
     kind = "bias" if isinstance(change, Increment) else "weight"
     model = f" ({fitting.structure.model})" if fitting.structure.model else ""

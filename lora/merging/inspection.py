@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows
+from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows, Scale
 from lora.bases.knowing import Ask, known
 from lora.bases.opening import Base, open_base
 from lora.errors import LorafuseError
@@ -100,6 +100,8 @@ def _row(change: Change, tensor: str | None) -> Row:
             return Row(change.module, "bias", None, change.scaling, _shape(change.value), tensor)
         case Replacement():
             return Row(change.parameter, "replaced", None, 1.0, _shape(change.value), tensor)
+        case Scale():
+            return Row(change.module, f"scaled {change.side}puts", None, 1.0, _shape(change.values), tensor)
         case Rows():
             return Row(change.module, "trained rows", None, 1.0, _shape(change.values), tensor)
         case Blend():

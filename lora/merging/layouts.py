@@ -31,6 +31,18 @@ def in_layout(path: Path, update: LowRank, parameter: Parameter) -> LowRank:
     match update.layout:
         case "linear" | "transposed":
             return _matrix(path, update, parameter)
+        case "flat" if len(parameter.shape) == 2:
+            return _matrix(path, replace(update, layout="linear"), parameter)
+        case "flat":
+            expected = (update.b.shape[0], update.a.shape[1])
+            if (parameter.shape[0], int(np.prod(parameter.shape[1:]))) != expected:
+                raise misfit(path, update.module, parameter.shape, (expected,))
+            return update
+        case "sliced":
+            width = parameter.shape[0 if STORED.get(parameter.kind) == "transposed" else -1]
+            if parameter.kind in ("flagged", "unknown") and update.b.shape[0] == parameter.shape[-1]:
+                width = parameter.shape[0]
+            return _matrix(path, replace(update, a=update.a[:, :width], layout="linear"), parameter)
         case "conv":
             return _convolution(path, update, parameter)
         case "view" if len(parameter.shape) == 2:
@@ -71,6 +83,14 @@ def misfit(
     )
 
 
+def square(path: Path, module: str, shape: tuple[int, ...]) -> AdapterError:
+    """The error for a weight that may lie in two ways."""
+    return AdapterError(
+        f"{path}: the weight of '{module}' is square {shape}, and nothing here says whether this model stores it"
+        f" (out, in) or (in, out); {INSTALL}"
+    )
+
+
 def _matrix(path: Path, update: LowRank, parameter: Parameter) -> LowRank:
     """A linear layer (out, in), or what a Conv1D or an embedding stores as (in, out).
 
@@ -94,10 +114,7 @@ def _matrix(path: Path, update: LowRank, parameter: Parameter) -> LowRank:
     if len(fitting) == 1:
         return replace(update, layout=fitting[0])
     if parameter.kind == "unknown":
-        raise AdapterError(
-            f"{path}: the weight of '{update.module}' is square {parameter.shape}, and nothing here says whether this"
-            f" model stores it (out, in) or (in, out); {INSTALL}"
-        )
+        raise square(path, update.module, parameter.shape)
     return update
 
 

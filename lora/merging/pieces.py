@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora.adapter import Change, Increment, LowRank, Replacement, Rows
+from lora.adapter import Change, Increment, LowRank, Replacement, Rows, Scale
 from lora.bases.structure import Parameter, Piece
 from lora.errors import AdapterError
 from lora.files.tensorfile import Array
@@ -51,6 +51,9 @@ def _cut(path: Path, name: str, change: Change, parameter: Parameter, piece: Pie
         case Increment():
             start, stop = piece.inside[0]
             return replace(change, value=change.value[start:stop])
+        case Scale(axis=0):
+            start, stop = piece.inside[0]
+            return replace(change, values=change.values[start:stop])
         case Replacement():
             value = change.value[tuple(slice(*bounds) for bounds in piece.inside)]
             if parameter.kind in ("experts", "experts_transposed"):
@@ -82,6 +85,10 @@ def _padded(path: Path, name: str, change: Change, bounds: tuple[int, int], rows
             value = np.zeros(rows, change.value.dtype)
             value[start:stop] = change.value
             return replace(change, value=value)
+        case Scale(axis=0):
+            values = np.ones(rows, change.values.dtype)
+            values[start:stop] = change.values
+            return replace(change, values=values)
         case Replacement():
             return Rows(change.parameter, tuple(range(start, stop)), change.value)
     raise _no_parts(path, name, change)

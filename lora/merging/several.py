@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows, Rule
+from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows, Rule, Scale
 from lora.bases.structure import BaseStructure
 from lora.errors import AdapterError
 from lora.files.tensorfile import Array
@@ -77,6 +77,11 @@ def _combine_one(name: str, changes: Sequence[tuple[Weighted, Change]], blending
                 updates.append((weighted, change))
             case Increment():
                 increments.append(replace(change, scaling=change.scaling * weighted.weight))
+            case Scale():
+                raise AdapterError(
+                    f"{weighted.adapter.path}: an IA3 adapter can't be weighted or combined with others: it multiplies"
+                    f" '{name}', and adds nothing to it"
+                )
             case Blend():
                 raise AssertionError("a blend is made here, of what adapters bring")
     return [*_agreed(name, fixed), *_added(name, updates, blending), *increments]

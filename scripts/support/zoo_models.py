@@ -10,19 +10,30 @@ import torch
 import transformers
 
 VOCABULARY = 96
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **WIDTH, **SPECIAL}
-DECODER = {**TEXT, "num_key_value_heads": 4}  # square projections throughout
-IMAGE = {"image_size": 16, "patch_size": 8, **WIDTH}
-AUDIO = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 16}
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+WIDTH: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+TEXT: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **WIDTH, **SPECIAL}
+DECODER: dict[str, Any] = {**TEXT, "num_key_value_heads": 4}  # square projections throughout
+IMAGE: dict[str, Any] = {"image_size": 16, "patch_size": 8, **WIDTH}
+AUDIO: dict[str, Any] = {
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_conv_pos_embeddings": 16,
+}
 AUDIO |= {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2, **WIDTH, "vocab_size": VOCABULARY}
-SEQ2SEQ = {"vocab_size": VOCABULARY, "d_model": 32, "max_position_embeddings": 64, **SPECIAL}
+SEQ2SEQ: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "max_position_embeddings": 64, **SPECIAL}
 SEQ2SEQ |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 SEQ2SEQ |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
-T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+T5: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
 T5 |= {"decoder_start_token_id": 0}
-MOE = {**DECODER, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 3, "num_local_experts": 3}
+MOE: dict[str, Any] = {
+    **DECODER,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+    "num_experts": 3,
+    "num_local_experts": 3,
+}
 
 
 def text(model: Any) -> dict[str, torch.Tensor]:
@@ -76,8 +87,16 @@ def _made(config: str, **settings: Any) -> Callable[[], Any]:
 
 QV, EMBED, LM = ("q_proj", "v_proj"), "embed_tokens", "lm_head"
 BERT_QV = ("query", "value")
-GPT2 = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 32, **SPECIAL}
-CLIP = {
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 32,
+    **SPECIAL,
+}
+CLIP: dict[str, Any] = {
     "vision_config": dict(IMAGE, projection_dim=16),
     "text_config": dict(TEXT, projection_dim=16),
     "projection_dim": 16,
