@@ -14,10 +14,13 @@ from lora.files.tensorfile import Array
 # How B · A becomes an update of the weight's shape.
 #   linear      (out, in) = B · A, also where a transformers Conv1D or an embedding stores (in, out): (B · A)ᵀ
 #   conv        two convolutions composed: A with the kernel's extent, B with extent 1
-# view        loralib, whose file does not name the layer: a kernel takes B · A as its bytes, a matrix is linear or
-# transposed
-#   experts     one product per expert, stacked: A is (experts · rank, in), B is (out, rank · experts)
-Layout = Literal["linear", "transposed", "conv", "view", "experts"]
+#   view        loralib, whose file does not name the layer: a kernel takes B · A as its bytes, a matrix is one of the
+#               first two
+#   experts     one product per expert: A is (experts · rank, in), B is (out, rank · experts), W (experts, out, in)
+#   experts_transposed   the same, where W is (experts, in, out)
+#   flat        (out, in · kernel) = B · A, which takes the weight's shape
+#   sliced      the first columns of A only, as many as the layer has: VeRA's A is for the widest one
+Layout = Literal["linear", "transposed", "conv", "view", "experts", "experts_transposed", "flat", "sliced"]
 # How a format spells module names: as they are, or with dots written as underscores (kohya).
 Spelling = Literal["dotted", "flattened"]
 # How several adapters' updates of one weight become one.
@@ -77,6 +80,19 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Every output of a linear layer, or every input, times a trained factor (IA3): ``W' = diag(values) · W`` and
+    ``bias' = values ∘ bias``, or ``W' = W · diag(values)``. ``axis`` is the weight's, once that is known.
+    """
+
+    module: str
+    values: Array
+    side: Literal["out", "in"]
+    parameters: tuple[str, ...] = ("weight",)
+    axis: int = 0
+
+
+@dataclass(frozen=True)
 class Blend:
     """Updates of one weight by several adapters, blended before they are added: ``W' = W + rule(weights, s·B·A of
     each)``.
@@ -91,7 +107,7 @@ class Blend:
     seeds: tuple[int, ...]
 
 
-Change = LowRank | Increment | Replacement | Rows | Blend
+Change = LowRank | Increment | Replacement | Rows | Scale | Blend
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,7 @@ class Adapter:
 
     ``files`` are the files it was read from and ``sha256`` identifies their bytes. ``base_sha256`` is the fingerprint
     of the base it was trained on, where the file records one. ``skipped`` are the file's components that were not
-    chosen.
+    chosen. ``model_class`` is the class of transformers in which it was trained, where the file says it.
     """
 
     path: Path
@@ -112,6 +128,7 @@ class Adapter:
     base_sha256: str | None = None
     spelling: Spelling = "dotted"
     skipped: tuple[str, ...] = ()
+    model_class: str | None = None
 
     @property
     def replaced(self) -> dict[str, Array]:

@@ -15,6 +15,11 @@ from lora.errors import LorafuseError
 from lora.wording import megabytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lora.bases.structure import BaseStructure
+    from lora.files.tensorfile import Array
+    from lora.formats.model_class import ModelClass
     from lora.formats.read import ReadOptions
     from lora.merging.checkpoint import Written
 
@@ -73,7 +78,8 @@ def merge(
     storing = Storing(only_changed, numpy_dtype(dtype.value) if dtype else None, keep_wide)
     sources = Sources(base, _weighted(adapter, adapters), _options(alpha, component, enable_lora), dequantize)
     with progress("merge") as step:
-        written = merge_folder(sources, out, storing, Blending(rule.value.replace("-", "_"), density, seed), step)  # type: ignore[arg-type]
+        blending = Blending(rule.value.replace("-", "_"), density, seed)  # type: ignore[arg-type]
+        written = merge_folder(sources, out, storing, blending, step, _ask_transformers)
     if as_json:
         print_json({**asdict(written), "folder": str(written.folder)})
     else:
@@ -99,7 +105,7 @@ def inspect(
     """
     from lora.merging.inspection import inspect_adapter
 
-    found = inspect_adapter(adapter, base, _options(alpha, component, enable_lora), dequantize)
+    found = inspect_adapter(adapter, base, _options(alpha, component, enable_lora), dequantize, _ask_transformers)
     if as_json:
         print_json(asdict(found))
     else:
@@ -120,6 +126,15 @@ def inspect(
             print(f"left out, because they are for other models: {', '.join(found.skipped)}")
         print(found.verdict)
     raise typer.Exit(NO if found.refused else DONE)
+
+
+def _ask_transformers(folder: Path, tensors: Mapping[str, Array], wanted: ModelClass) -> BaseStructure | None:
+    """What the base is, where transformers is installed and knows it; imported only when it is needed."""
+    try:
+        from lora.modules.base_structure import ask_transformers
+    except ImportError:
+        return None
+    return ask_transformers(folder, tensors, wanted)
 
 
 def _weighted(adapter: Path | None, weighted: list[str] | None) -> tuple[tuple[Path, float], ...]:
@@ -159,7 +174,8 @@ def _print_written(written: Written) -> None:
     if written.skipped:
         print(f"not merged, because they are for other models: {', '.join(written.skipped)}")
     if written.untied:
-        print("the output embedding was tied to the input's; the two now differ, and config.json says so")
+        said = ", and config.json says so" if written.flagged else "; all are stored, so they are not tied on loading"
+        print(f"tensors that the base ties (its embeddings) now differ{said}")
     warned = sum(survival.warns for survival in written.survivals)
     if warned:
         print(

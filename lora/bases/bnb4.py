@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 
 from lora.bases.checkpoint import Checkpoint
+from lora.bases.tensors import BaseTensors
 from lora.errors import CheckpointError
 from lora.files.tensorfile import Array, numpy_dtype
 
@@ -73,7 +74,7 @@ class QuantState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return -(-self.elements // self.blocksize)
 
 
-class Bnb4(Mapping[str, Array]):
+class Bnb4(BaseTensors):
     """The weights of a 4-bit checkpoint by name: each is dequantized when it is asked for, other tensors are as stored.
 
     ``stored`` are the file's own tensors and ``path`` is named in errors. ``states`` are the quantized weights'.
@@ -88,10 +89,12 @@ class Bnb4(Mapping[str, Array]):
         parts = {name + part for name in self.states for part in PARTS}
         self._names = {name: None for name in stored if name not in parts and MARK not in name}
         _check_owned(path, self._names)
+        self.tied = stored.tied if isinstance(stored, Checkpoint) else {}
 
     def __getitem__(self, name: str) -> Array:
         if name not in self:
             raise KeyError(name)
+        name = self.tied.get(name, name)
         state = self.states.get(name)
         return self._stored[name] if state is None else _dequantized(state, name, self._stored)
 
@@ -104,13 +107,9 @@ class Bnb4(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._names)
 
-    @property
-    def tied(self) -> Mapping[str, str]:
-        """{an output embedding stored as the input's: that one's name}; found, not listed, as in a Checkpoint."""
-        return self._stored.tied if isinstance(self._stored, Checkpoint) else {}
-
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a weight, without dequantizing it."""
+        name = self.tied.get(name, name)
         return self.states[name].shape if name in self.states else self._stored[name].shape
 
 

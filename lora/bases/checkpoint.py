@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora.bases.tensors import BaseTensors
 from lora.errors import CheckpointError
 from lora.files.tensorfile import Array, Span, TensorFile, file_sha256
 
@@ -17,7 +18,7 @@ OUTPUT_EMBEDDING = "lm_head.weight"
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
 
 
-class Checkpoint(Mapping[str, Array]):
+class Checkpoint(BaseTensors):
     """The tensors of a checkpoint folder by name, mapped read-only from whichever shard holds them.
 
     ``tied`` names weights that are stored under another name (a tied output embedding); they are found, not listed.

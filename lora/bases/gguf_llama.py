@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from lora.bases.checkpoint import OUTPUT_EMBEDDING
+from lora.bases.tensors import BaseTensors
 from lora.errors import CheckpointError
 from lora.files.tensorfile import Array, numpy_dtype
 
 MAGIC = b"GGUF"
-ARCHITECTURE = "llama"
+ARCHITECTURE, MODEL = "llama", "LlamaForCausalLM"
 PLAIN = ("F32", "F16", "BF16")  # stored as they are: not quantized
 EMBEDDING = "model.embed_tokens.weight"
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -40,7 +41,7 @@ ROTARY = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
 
-class GgufBase(Mapping[str, Array]):
+class GgufBase(BaseTensors):
     """The parameters of a Llama in a GGUF file, by transformers' names.
 
     F32, F16 and BF16 tensors keep their dtype; quantized ones become float32. ``quantized`` names their types, the most
@@ -57,6 +58,8 @@ class GgufBase(Mapping[str, Array]):
         counts = Counter(tensor.tensor_type.name for tensor in self._tensors.values())
         self.quantized = tuple(name for name, _ in counts.most_common() if name not in PLAIN)
         self.tied = {} if OUTPUT_EMBEDDING in self._tensors else {OUTPUT_EMBEDDING: EMBEDDING}
+        # What transformers' configuration of this model would say of its structure.
+        self.config = {"model_type": ARCHITECTURE, "architectures": [MODEL], "tie_word_embeddings": bool(self.tied)}
         for name in self._tensors:
             self._check_shape(path, name)
 

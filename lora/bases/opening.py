@@ -14,8 +14,10 @@ from typing import Any
 from lora.bases.bnb4 import Bnb4, is_bnb4
 from lora.bases.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, fingerprint, read_config
 from lora.bases.gguf_llama import MAGIC, GgufBase
+from lora.bases.structure import BaseStructure
+from lora.bases.tensors import BaseTensors
 from lora.errors import CheckpointError
-from lora.files.tensorfile import Array, file_sha256
+from lora.files.tensorfile import file_sha256
 
 DENSE = "W + ΔW"
 BITSANDBYTES = "bitsandbytes"
@@ -50,14 +52,16 @@ class Base:
     """A base's dense weights by parameter name, read one at a time, and the ``formula`` of a merge into them.
 
     ``path`` is what was opened. ``folder`` holds config.json and the tokenizer (None: a GGUF file has no such folder),
-    and ``config`` is that configuration for a dense model: it says nothing of a quantization.
+    and ``config`` is that configuration for a dense model: it says nothing of a quantization. ``structure`` is what is
+    known of the model; None until it was asked for.
     """
 
     path: Path
-    tensors: Mapping[str, Array]
+    tensors: BaseTensors
     formula: str
     folder: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    structure: BaseStructure | None = None
 
     def fingerprint(self) -> str:
         """SHA-256 that identifies the weights as they are stored."""

@@ -37,6 +37,10 @@ class Factors:
         """``key`` as the file spells it."""
         return self._spelled.get(key, key)
 
+    def left(self) -> list[str]:
+        """The keys that nobody has taken yet, in order."""
+        return sorted(self._left)
+
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from lora.adapter import Adapter, Change, Increment, Layout, LowRank, Replacement, Rows
 from lora.errors import AdapterError
 from lora.formats.factors import Factors, identity, open_factors
-from lora.formats.peft_config import PeftConfig, read_config
+from lora.formats.peft_config import MethodConfig, PeftConfig, read_config
+from lora.formats.peft_types import method_changes, refuse_unknown_method
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -30,6 +31,8 @@ def read_peft(folder: Path) -> Adapter:
     Raises AdapterError when a file is missing or damaged, a field can't be honoured, or a tensor is left over.
     """
     config = read_config(folder / CONFIG)
+    if isinstance(config, MethodConfig):
+        refuse_unknown_method(folder / CONFIG, config.peft_type)
     pickled = (folder / PICKLE).exists() and not (folder / WEIGHTS).exists()
     files = (folder / CONFIG, folder / (PICKLE if pickled else WEIGHTS))
     factors, metadata = open_factors(files[1])
@@ -38,10 +41,17 @@ def read_peft(folder: Path) -> Adapter:
         format="PEFT",
         files=files,
         sha256=identity(files),
-        changes=peft_changes(factors, config, PREFIX),
+        changes=_changes(factors, config),
         task_type=config.task_type,
         base_sha256=metadata.get("base_sha256"),
+        model_class=config.model_class,
     )
+
+
+def _changes(factors: Factors, config: PeftConfig | MethodConfig) -> tuple[Change, ...]:
+    if isinstance(config, MethodConfig):
+        return method_changes(factors, config, PREFIX)
+    return peft_changes(factors, config, PREFIX)
 
 
 def peft_changes(factors: Factors, config: PeftConfig, prefix: str) -> tuple[Change, ...]:

@@ -22,7 +22,6 @@ MATCH_SECONDS = 1.0
 # They steer training, or how a model is loaded; the merged weight does not depend on them.
 WITHOUT_EFFECT = frozenset(
     {
-        "auto_mapping",
         "base_model_name_or_path",
         "ensure_weight_tying",
         "exclude_modules",
@@ -39,6 +38,8 @@ WITHOUT_EFFECT = frozenset(
         "target_modules",
     }
 )
+# What trainers add to say how they trained: Unsloth's own fields, ms-swift's, LoRA+'s learning rates.
+TRAINERS_OWN = ("unsloth_", "lora_dtype", "lorap_", "loraplus_", "merge_weights")
 # They change the maths in a way that has no dense form, or the base itself: refused unless empty.
 NOT_MERGEABLE = {
     "alora_invocation_tokens": "activated LoRA applies to part of a sequence only and can't be merged",
@@ -77,6 +78,12 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str | None = True
+    auto_mapping: dict[str, Any] | None = None
+
+    @property
+    def model_class(self) -> str | None:
+        """The class of the model that was adapted, which PEFT writes down where no task type says it."""
+        return _model_class(self.auto_mapping)
 
     def rank(self, module: str) -> int:
         """The rank of the module at this path."""
@@ -96,16 +103,77 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(indices or ())
 
 
-def read_config(path: Path) -> PeftConfig:
-    """Parse and check the file. Raises AdapterError naming the field that can't be honoured."""
+class MethodConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields that PEFT's other methods have in common, as far as a merge honours them."""
+
+    peft_type: str
+    task_type: str | None = None
+    r: int = 1
+    alpha: float = 1.0
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    token_indices: list[int] | None = None
+    auto_mapping: dict[str, Any] | None = None
+
+    @property
+    def model_class(self) -> str | None:
+        """The class of the model that was adapted."""
+        return _model_class(self.auto_mapping)
+
+    def scaling(self, module: str, rank: int | None = None) -> float:
+        """``alpha / r``; ``rank`` is what the tensors say, where they do."""
+        alpha = _by_pattern(self.alpha_pattern or {}, module, self.alpha)
+        return alpha / (rank or _by_pattern(self.rank_pattern or {}, module, self.r))
+
+    def is_saved(self, name: str) -> bool:
+        """A tensor of ``modules_to_save``, or a saved bias."""
+        saved = any(f".{module}." in f".{name}" for module in self.modules_to_save or ())
+        return saved or (self.bias != "none" and name.endswith(".bias"))
+
+
+def read_config(path: Path) -> PeftConfig | MethodConfig:
+    """Parse and check the file: LoRA's, or another method's.
+
+    Raises AdapterError naming the field that can't be honoured.
+    """
     try:
-        return parse_config(path, path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise AdapterError(
             f"{path}: no such file; expected a PEFT adapter (adapter_config.json and adapter_model.safetensors)"
         ) from error
     except OSError as error:
         raise AdapterError(f"{path}: can't be read ({error.strerror})") from error
+    fields = _fields(path, content)
+    if fields.get("peft_type") in ("LORA", None):
+        return parse_config(path, content)
+    return _method_config(path, content, fields)
+
+
+def _method_config(path: Path, content: bytes, fields: dict[str, Any]) -> MethodConfig:
+    try:
+        return msgspec.json.decode(content, type=MethodConfig)
+    except msgspec.MsgspecError as error:
+        raise AdapterError(
+            f"{path}: not the configuration of a {fields['peft_type']} adapter ({error}); save the adapter again with"
+            " save_pretrained"
+        ) from error
+
+
+def _fields(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise AdapterError(
+            f"{path}: not a PEFT LoRA configuration ({error}); save the adapter again with save_pretrained"
+        ) from error
+
+
+def _model_class(auto_mapping: dict[str, Any] | None) -> str | None:
+    name = (auto_mapping or {}).get("base_model_class")
+    return name if isinstance(name, str) else None
 
 
 def parse_config(path: Path, content: bytes) -> PeftConfig:
@@ -133,7 +201,7 @@ def _refuse_other_maths(path: Path, fields: dict[str, Any]) -> None:
             raise AdapterError(f"{path}: field '{name}' is set: {reason}")
     known = WITHOUT_EFFECT | NOT_MERGEABLE.keys() | INIT_SETTINGS | set(PeftConfig.__struct_fields__)
     for name in sorted(fields.keys() - known):
-        if fields[name] not in (None, False, [], {}):
+        if fields[name] not in (None, False, [], {}) and not name.startswith(TRAINERS_OWN):
             raise AdapterError(
                 f"{path}: field '{name}' is not known, so the merge might ignore what it does; remove it if it has no"
                 " effect"

@@ -8,7 +8,6 @@ and renamed, and a weights file gets its first bytes last: what an interrupted m
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,19 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from lora.adapter import Change, Replacement, Rows
-from lora.bases.checkpoint import CONFIG, INDEX, OUTPUT_EMBEDDING, SINGLE, Checkpoint, read_config
+from lora.adapter import Change, Replacement
+from lora.bases.checkpoint import INDEX, SINGLE
 from lora.bases.opening import Base
+from lora.bases.tensors import BaseTensors
 from lora.errors import CheckpointError
 from lora.files.durable import flush, staging_folder
 from lora.files.patched_copy import patched_copy
 from lora.files.tensorfile import Array, Lazy, TensorFile, TensorWriter, shape_of, write_tensors
+from lora.merging.config import merged_config
 from lora.merging.merge import Dtypes, Merged, Targets, merge
 from lora.merging.rounding import Survival, survival
+from lora.merging.side_files import write_side_files
+from lora.merging.untying import Untying, untying
 
 CHANGED, ADDED = "changed.safetensors", "model-added.safetensors"
 FORMAT = {"format": "pt"}  # transformers asks for it
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Storing:
 
 @dataclass(frozen=True)
 class Written:
-    """What a merge wrote: by which formula, its changed tensors, what rounding cost each, whether it untied the output
-    embedding.
+    """What a merge wrote: by which formula, its changed tensors, what rounding cost each, and whether tensors that the
+    base ties now differ (``untied``), which config.json says too where ``flagged``.
 
     ``skipped`` are the components of the adapters' files that are for other models and were not merged.
     """
@@ -56,6 +58,7 @@ class Written:
     changed: tuple[str, ...]
     survivals: tuple[Survival, ...]
     untied: bool
+    flagged: bool = False
     skipped: tuple[str, ...] = ()
 
 
@@ -67,28 +70,35 @@ def write_merged(base: Base, targets: Targets, source: object, out: Path, storin
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already; choose another folder, or remove it")
-    untied = _unties(base.tensors, targets)
+    parted = untying(base, targets, source)
     report: list[Survival] = []
-    merged = _stream(base.tensors, targets, source, storing, report)
+    merged = _stream(base.tensors, parted, source, storing, report)
     with _staging(out) as stage:
         if storing.only_changed:
-            changed = _write_stream(stage / CHANGED, base.tensors, targets, merged)
-        elif isinstance(base.tensors, Checkpoint) and storing.dtype is None and not storing.keep_wide:
-            changed = _copy_and_patch(stage, base.tensors, targets, merged)
+            changed = _write_stream(stage / CHANGED, base.tensors, parted, merged)
+        elif base.tensors.files and storing.dtype is None and not storing.keep_wide and not _resizes(base, parted):
+            changed = _copy_and_patch(stage, base.tensors, parted, merged)
         else:
-            changed = _rewrite(stage, base.tensors, targets, merged, storing)
+            changed = _rewrite(stage, base.tensors, parted, merged, storing)
         if not storing.only_changed:
-            _copy_side_files(stage, base, untied, storing)
+            write_side_files(stage, base, merged_config(base, parted, _loaded_in(storing, report)))
         _flush_and_rename(stage, out)
-    return Written(out, base.formula, tuple(sorted(changed)), tuple(report), untied)
+    return Written(out, base.formula, tuple(sorted(changed)), tuple(report), parted.parted, parted.flag)
+
+
+def _loaded_in(storing: Storing, report: Sequence[Survival]) -> str | None:
+    """The dtype that the configuration names: float32 where a tensor was kept so, or loading would round it again."""
+    if storing.keep_wide and any(cost.dtype == "float32" for cost in report):
+        return "float32"
+    return None if storing.dtype is None else storing.dtype.name
 
 
 def _stream(
-    base: Mapping[str, Array], targets: Targets, source: object, storing: Storing, report: list[Survival]
+    base: BaseTensors, parted: Untying, source: object, storing: Storing, report: list[Survival]
 ) -> Iterator[Merged]:
     """The changed tensors as they are to be stored; what rounding cost is reported, undone where too much."""
-    dtypes: Dtypes = dict.fromkeys(targets, storing.dtype) if storing.dtype is not None else {}
-    for merged in merge(base, targets, source, dtypes):
+    dtypes: Dtypes = dict.fromkeys(parted.targets, storing.dtype) if storing.dtype is not None else {}
+    for merged in merge(base, parted.targets, source, dtypes):
         cost = survival(merged)
         if cost is not None and cost.warns and storing.keep_wide:
             merged = replace(merged, stored=merged.exact, unchanged=0, lost=0.0)
@@ -96,56 +106,63 @@ def _stream(
         if cost is not None:
             report.append(cost)
         yield merged
-    if _unties(base, targets) and OUTPUT_EMBEDDING not in targets:
-        tied = base[OUTPUT_EMBEDDING]
-        yield Merged(OUTPUT_EMBEDDING, np.asarray(tied), np.asarray(tied), None, 0, 0.0)
+    for name, home in sorted(parted.copies.items()):
+        values = np.asarray(base[home])
+        yield Merged(name, values if storing.dtype is None else values.astype(storing.dtype), values, None, 0, 0.0)
 
 
-def _write_stream(path: Path, base: Mapping[str, Array], targets: Targets, stream: Iterator[Merged]) -> list[str]:
+def _resizes(base: Base, parted: Untying) -> bool:
+    """Whether a tensor of the base comes in another shape: then its bytes can't be put where the old ones are."""
+    return any(
+        isinstance(change, Replacement) and name in base.tensors and shape_of(base.tensors, name) != change.value.shape
+        for name, changes in parted.targets.items()
+        for change in changes
+    )
+
+
+def _write_stream(path: Path, base: BaseTensors, parted: Untying, stream: Iterator[Merged]) -> list[str]:
     names = []
-    with TensorWriter(path, _expected(base, targets)) as writer:
+    with TensorWriter(path, _expected(base, parted)) as writer:
         for merged in stream:
             writer.add(merged.parameter, merged.stored)
             names.append(merged.parameter)
     return names
 
 
-def _copy_and_patch(stage: Path, base: Checkpoint, targets: Targets, stream: Iterator[Merged]) -> list[str]:
+def _copy_and_patch(stage: Path, base: BaseTensors, parted: Untying, stream: Iterator[Merged]) -> list[str]:
     """Copy the untouched byte ranges in the background and write the changed tensors into the gaps.
 
     Tensors that the base does not store go into a file of their own.
     """
-    names_of_files = _file_names(base, targets, [file.path.name for file in base.files])
+    names_of_files = _file_names(base, parted, [file.path.name for file in base.files])
     files = {file.path: stage / name for file, name in zip(base.files, names_of_files, strict=True)}
+    homes = {name: file for file in base.files for name in file}
     added: dict[str, Merged] = {}
     names = []
     with ExitStack() as stack:
         copies = {
-            file.path: stack.enter_context(patched_copy(file, files[file.path], set(targets))) for file in base.files
+            file.path: stack.enter_context(patched_copy(file, files[file.path], set(parted.targets)))
+            for file in base.files
         }
         for merged in stream:
             names.append(merged.parameter)
-            if merged.parameter in base.home:
-                copies[base.home[merged.parameter].path].write(merged.parameter, merged.stored)
+            if merged.parameter in homes:
+                copies[homes[merged.parameter].path].write(merged.parameter, merged.stored)
             else:
                 added[merged.parameter] = merged
     if added:
         write_tensors(stage / ADDED, {name: _lazy(merged.stored) for name, merged in added.items()}, FORMAT)
-    _write_index(stage, {name: files[file.path].name for name, file in base.home.items()} | dict.fromkeys(added, ADDED))
+    _write_index(stage, {name: files[file.path].name for name, file in homes.items()} | dict.fromkeys(added, ADDED))
     return names
 
 
-def _rewrite(
-    stage: Path, base: Mapping[str, Array], targets: Targets, stream: Iterator[Merged], storing: Storing
-) -> list[str]:
+def _rewrite(stage: Path, base: BaseTensors, parted: Untying, stream: Iterator[Merged], storing: Storing) -> list[str]:
     """Write every tensor anew: the changed ones first into a file of their own, which is read back and removed."""
-    names = _write_stream(stage / CHANGED, base, targets, stream)
+    names = _write_stream(stage / CHANGED, base, parted, stream)
     changed = TensorFile(stage / CHANGED)
-    files: dict[str, Mapping[str, Array]] = (
-        {file.path.name: file for file in base.files} if isinstance(base, Checkpoint) else {SINGLE: base}
-    )
+    files: dict[str, Mapping[str, Array]] = {file.path.name: file for file in base.files} or {SINGLE: base}
     homes: dict[str, str] = {}
-    for file, name in zip(files.values(), _file_names(base, targets, list(files)), strict=True):
+    for file, name in zip(files.values(), _file_names(base, parted, list(files)), strict=True):
         tensors = {key: _lazy(changed[key]) if key in changed else _cast(file, key, storing.dtype) for key in file}
         write_tensors(stage / name, tensors, FORMAT)
         homes |= dict.fromkeys(tensors, name)
@@ -157,38 +174,24 @@ def _rewrite(
     return names
 
 
-def _expected(base: Mapping[str, Array], targets: Targets) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+def _expected(base: BaseTensors, parted: Untying) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """At most these tensors change; float64 stands for whatever dtype they end in."""
-    names = {*targets, *_tied(base)}
-    shapes = {name: shape_of(base, name) if name in base else _replaced_shape(targets[name]) for name in names}
+    shapes = {name: _shape(base, name, changes) for name, changes in parted.targets.items()}
+    shapes |= {name: base.shape(home) for name, home in parted.copies.items()}
     return {name: (np.dtype(np.float64), shape) for name, shape in shapes.items()}
 
 
-def _replaced_shape(changes: Sequence[Change]) -> tuple[int, ...]:
-    return next(change.value.shape for change in changes if isinstance(change, Replacement))
+def _shape(base: BaseTensors, name: str, changes: Sequence[Change]) -> tuple[int, ...]:
+    replaced = next((change.value.shape for change in changes if isinstance(change, Replacement)), None)
+    return base.shape(name) if replaced is None else replaced
 
 
-def _tied(base: Mapping[str, Array]) -> dict[str, str]:
-    return base.tied if isinstance(base, Checkpoint) else {}
-
-
-def _unties(base: Mapping[str, Array], targets: Targets) -> bool:
-    """Whether one of two tied embeddings changes and the other does not.
-
-    Trained tokens stay tied, as they were trained.
-    """
-    tied = {*_tied(base), *_tied(base).values()}
-    return any(
-        name in tied and not all(isinstance(change, Rows) for change in changes) for name, changes in targets.items()
-    )
-
-
-def _file_names(base: Mapping[str, Array], targets: Targets, names: list[str]) -> list[str]:
+def _file_names(base: BaseTensors, parted: Untying, names: list[str]) -> list[str]:
     """The files' names in the result: transformers reads ``model.safetensors`` alone, so it is renamed where another
     comes beside it.
     """
-    stored = base.home if isinstance(base, Checkpoint) else base
-    alone = all(name in stored for name in targets) and not _unties(base, targets)
+    stored = set(base)
+    alone = all(name in stored for name in parted.targets) and not parted.copies
     return names if alone or names != [SINGLE] else ["model-base.safetensors"]
 
 
@@ -198,27 +201,6 @@ def _write_index(stage: Path, homes: Mapping[str, str]) -> None:
     total = sum(span.length for file in sorted(set(homes.values())) for span in TensorFile(stage / file).spans.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
     (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_side_files(stage: Path, base: Base, untied: bool, storing: Storing) -> None:
-    """Configuration and tokenizer, as they are but for what the merge has changed: tied embeddings, the dtype, a
-    quantization.
-    """
-    if base.folder is None:
-        return
-    for path in sorted(base.folder.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and path.name not in (INDEX, CONFIG):
-            shutil.copyfile(path, stage / path.name)
-    if not base.config:
-        return
-    changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
-    if storing.dtype is not None:
-        changes["dtype"] = storing.dtype.name
-    config = dict(base.config) | changes
-    if config == read_config(base.folder):
-        shutil.copyfile(base.folder / CONFIG, stage / CONFIG)
-    else:
-        (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _lazy(values: Array) -> Lazy:
@@ -251,7 +233,7 @@ def _staging(out: Path) -> Iterator[Path]:
 
 
 def _flush_and_rename(stage: Path, out: Path) -> None:
-    for path in (*stage.iterdir(), stage):
+    for path in (*stage.rglob("*"), stage):
         flush(path)
     stage.chmod(0o755)
     stage.rename(out)

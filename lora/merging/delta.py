@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora.adapter import Blend, Change, Increment, LowRank, Replacement, Rows
+from lora.adapter import Blend, Change, Increment, LowRank, Replacement, Rows, Scale
 from lora.files.tensorfile import Array
 from lora.merging.rules import blended
 
@@ -42,6 +42,10 @@ def changed(change: Change, tensor: Array | None, dtype: Float = np.float32) -> 
         case Increment():
             scaling: Any = dtype(change.scaling)
             return np.asarray(tensor.astype(dtype) + scaling * change.value.astype(dtype))
+        case Scale():
+            values: Any = change.values.astype(dtype)
+            shaped = values.reshape([-1 if index == change.axis else 1 for index in range(tensor.ndim)])
+            return np.asarray(tensor.astype(dtype) * shaped)
         case Rows():
             replaced = np.array(tensor, dtype)
             replaced[list(change.rows)] = change.values.astype(dtype)
@@ -54,15 +58,19 @@ def delta(update: LowRank, shape: tuple[int, ...], dtype: Float = np.float32) ->
     b: Any = update.b.astype(dtype)
     scaling: Any = dtype(update.scaling)
     match update.layout:
-        case "linear" | "view":
+        case "linear" | "view" | "flat":
             product = b @ a
+        case "sliced":
+            raise AssertionError("an update is fitted before it is computed")
         case "transposed":
             product = a.T @ b.T  # (B · A)ᵀ, contiguous as the weight is
         case "conv":
             # Each output channel mixes the rank's kernels: B has extent 1, so composing is one product over the rank.
             product = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
         case "experts":
-            product = _experts(a, b, shape)
+            product = _experts(a, b, shape[0])
+        case "experts_transposed":
+            product = np.swapaxes(_experts(a, b, shape[0]), 1, 2)
     product *= scaling
     return np.asarray(product.reshape(shape))
 
@@ -95,20 +103,20 @@ def error_bound(change: Change, tensor: Array) -> Array:
                 for weight, update in zip(change.weights, change.updates, strict=True)
             ]
             return np.asarray(np.sum(bounds, axis=0))
+        case Scale():
+            return np.asarray(epsilon * np.abs(changed(change, tensor, np.float64)))
     return np.zeros(tensor.shape)
 
 
-def _experts(a: Array, b: Array, shape: tuple[int, ...]) -> Any:
-    """Per expert e: ``B[:, :, e] · A[e]``, laid out (experts, in, out) or (experts, out, in) as the weight is.
+def _experts(a: Array, b: Array, experts: int) -> Any:
+    """Per expert e: ``B[:, :, e] · A[e]``, laid out (experts, out, in).
 
     A stacks the experts along its first axis; B interleaves them along its second, with the expert running fastest.
     """
-    experts = shape[0]
     rank_each = a.shape[0] // experts
     stacked_a = a.reshape(experts, rank_each, a.shape[1])
     stacked_b = np.moveaxis(b.reshape(b.shape[0], rank_each, experts), 2, 0)
-    product = np.matmul(stacked_b, stacked_a)
-    return product if shape[1:] == (b.shape[0], a.shape[1]) else np.swapaxes(product, 1, 2)
+    return np.matmul(stacked_b, stacked_a)
 
 
 def _with_magnitude(updated: Array, magnitude: Array, layout: str) -> Array:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows
+from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows, Scale
+from lora.bases.structure import BaseStructure, Parameter, of_names
 from lora.errors import AdapterError
 from lora.files.tensorfile import Array, shape_of
+from lora.merging.layouts import STORED, expert_parameter, in_layout, misfit, square
+from lora.merging.naming import Renaming, parameter_names, renaming
+from lora.merging.pieces import on_stored
 
 
 @dataclass(frozen=True)
@@ -20,221 +22,204 @@ class Placed:
     change: Change
 
 
-def fit(adapter: Adapter, base: Mapping[str, Array]) -> tuple[Placed, ...]:
-    """Find each change's tensor in ``base``, by parameter name, and check its shape.
+@dataclass(frozen=True)
+class _Fitting:
+    """What placing a change needs: the adapter, for messages, and the base."""
 
-    Raises AdapterError naming the module that the base lacks, or the shape that differs.
+    adapter: Adapter
+    base: Mapping[str, Array]
+    structure: BaseStructure
+    rename: Renaming
+
+
+def fit(
+    adapter: Adapter, base: Mapping[str, Array], structure: BaseStructure | None = None
+) -> tuple[tuple[Placed, ...], ...]:
+    """For each change the tensors of ``base`` that it changes, by their names there; shapes are checked.
+
+    Without a ``structure``, names are the base's own and the adapter's word is taken for how a square weight is stored.
+    Raises AdapterError naming the module that the base lacks, the shape that differs, or what is ambiguous.
     """
-    rename = _renaming(adapter, base)
-    return tuple(_place(adapter, change, base, rename) for change in adapter.changes)
+    known = structure if structure is not None else of_names(base, "flagged")
+    rename = renaming(adapter, known, lambda candidate: _fits(_Fitting(adapter, base, known, candidate)))
+    return tuple(_placed(_Fitting(adapter, base, known, rename)))
 
 
-def changes_by_parameter(base: Mapping[str, Array], adapter: Adapter) -> dict[str, list[Change]]:
-    """{parameter: its changes, in the adapter's order}; parameters are sorted, so that the same inputs give the same
-    bytes.
-    """
+def changes_by_parameter(
+    base: Mapping[str, Array], adapter: Adapter, structure: BaseStructure | None = None
+) -> dict[str, list[Change]]:
+    """{tensor: its changes, in the adapter's order}; sorted, so that the same inputs give the same bytes."""
     targets: dict[str, list[Change]] = {}
-    for place in fit(adapter, base):
-        targets.setdefault(place.parameter, []).append(place.change)
+    for places in fit(adapter, base, structure):
+        for place in places:
+            targets.setdefault(place.parameter, []).append(place.change)
     return dict(sorted(targets.items()))
 
 
-def _place(adapter: Adapter, change: Change, base: Mapping[str, Array], rename: _Renaming) -> Placed:
-    assert not isinstance(change, Blend)  # made of changes that have been placed
-    if isinstance(change, Replacement):
-        candidates = [rename(name) for name in change.among or (change.parameter,)]
-        name = next((name for name in candidates if name in base), candidates[0])
-        if change.among and name not in base:
-            raise AdapterError(
-                f"{adapter.path}: the base has no '{' or '.join(change.among)}'; the adapter was trained on another"
-                " model"
-            )
-        if name in base and shape_of(base, name) != change.value.shape:
-            raise _misfit(adapter, change.parameter, shape_of(base, name), (change.value.shape,))
-        return Placed(name, change)
-    module = rename(change.module)
-    names = [f"{module}.{parameter}" if module else parameter for parameter in change.parameters]
-    present = [name for name in names if name in base]
+def _fits(fitting: _Fitting) -> bool:
+    try:
+        return bool(list(_placed(fitting)))
+    except AdapterError:
+        return False
+
+
+def _placed(fitting: _Fitting) -> Iterator[tuple[Placed, ...]]:
+    """The changes in order; a tensor that was replaced has its new shape for those that follow."""
+    resized: dict[str, tuple[int, ...]] = {}
+    for change in fitting.adapter.changes:
+        name, parameter = _parameter(fitting, change)
+        if name in resized:
+            parameter = replace(parameter, shape=resized[name])
+        fitted = _fitted(fitting, name, change, parameter)
+        if isinstance(fitted, Replacement):
+            resized[name] = fitted.value.shape
+        stored = on_stored(fitting.adapter.path, name, fitted, parameter, _rows(fitting, parameter))
+        yield (*(Placed(target, part) for target, part in stored), *_scaled_bias(fitting, name, fitted))
+
+
+def _parameter(fitting: _Fitting, change: Change) -> tuple[str, Parameter]:
+    """The parameter that a change is for, and its name."""
+    match change:
+        case Replacement():
+            return _replaced(fitting, change)
+        case Blend():
+            raise AssertionError("a blend is made of changes that have been placed")
+    present = {
+        name: found
+        for name in parameter_names(change, fitting.rename)
+        if (found := fitting.structure.find(name)) is not None
+    }
     if not present:
-        kind = "bias" if isinstance(change, Increment) else "weight"
+        raise _absent(fitting, change)
+    if isinstance(change, LowRank) and change.layout == "experts":
+        name = expert_parameter(fitting.adapter.path, change, present)
+        return name, present[name]
+    name, parameter = next(iter(present.items()))
+    if isinstance(change, Rows) and not parameter.stored:  # trained tokens stay tied, as they were trained
+        home = fitting.structure.shared().get(name, name)
+        return home, fitting.structure.find(home) or parameter
+    return name, parameter
+
+
+def _replaced(fitting: _Fitting, change: Replacement) -> tuple[str, Parameter]:
+    """A tensor that the base has; or a head that is new to it."""
+    spelled = (*change.among, change.parameter) if change.among else (change.parameter,)
+    names = [name for one in spelled for name in (fitting.rename(one), one)]
+    for name in names:
+        found = fitting.structure.find(name)
+        if found is not None:
+            return name, found
+    if change.among:
         raise AdapterError(
-            f"{adapter.path}: module '{change.module}' has no {kind} in the base ('{names[0]}'); the adapter was"
-            " trained on another model"
+            f"{fitting.adapter.path}: the base has no '{' or '.join(change.among)}'; the adapter was trained on another"
+            " model"
         )
-    if isinstance(change, LowRank):
-        name = (
-            present[0]
-            if change.layout != "experts"
-            else _expert_parameter(adapter, change, {name: shape_of(base, name) for name in present})
-        )
-        return Placed(name, _with_layout(adapter, change, shape_of(base, name)))
-    shape = shape_of(base, present[0])
-    expected = change.value.shape if isinstance(change, Increment) else (shape[0], *change.values.shape[1:])
-    if shape != expected or (isinstance(change, Rows) and not all(0 <= row < shape[0] for row in change.rows)):
-        raise _misfit(adapter, change.module, shape, (expected,))
-    return Placed(present[0], change)
-
-
-def _with_layout(adapter: Adapter, update: LowRank, shape: tuple[int, ...]) -> LowRank:
-    """The update in the layout that the base's weight has; where the factors leave two open, the shape decides or
-    nothing does.
-    """
-    out_features, in_features = update.b.shape[0], update.a.shape[1] if update.a.ndim > 1 else 0
-    match update.layout:
-        case "linear" | "transposed":
-            # A transformers Conv1D stores (in, out). The flag in the file is right about square weights only by chance
-            # of
-            # which layer was wrapped last, so a shape that leaves one reading decides.
-            readings = {"linear": (out_features, in_features), "transposed": (in_features, out_features)}
-            if shape == readings[update.layout]:
-                return update
-            for layout, expected in readings.items():
-                if shape == expected:
-                    return replace(update, layout=layout)  # type: ignore[arg-type]  # the keys are layouts
-            raise _misfit(adapter, update.module, shape, (readings[update.layout],))
-        case "conv":
-            if len(shape) == 2 and set(update.a.shape[2:]) == {
-                1
-            }:  # a 1 × 1 convolution on what the base has as a matrix
-                squeezed = replace(
-                    update,
-                    a=update.a.reshape(update.a.shape[:2]),
-                    b=update.b.reshape(update.b.shape[:2]),
-                    layout="linear",
-                )
-                return _with_layout(adapter, squeezed, shape)
-            expected = (out_features, *update.a.shape[1:])
-            if shape != expected:
-                raise _misfit(adapter, update.module, shape, (expected,), "; grouped convolutions can't be merged")
-        case "view":
-            return (
-                _loralib_matrix(adapter, update, shape) if len(shape) == 2 else _loralib_kernel(adapter, update, shape)
-            )
-        case "experts":
-            return replace(update, layout="linear") if len(shape) == 2 else update
-    return update
-
-
-def _loralib_matrix(adapter: Adapter, update: LowRank, shape: tuple[int, ...]) -> LowRank:
-    """A linear layer (out, in), or one stored (in, out) as embeddings are; a square one is what the user said."""
-    out_features, in_features = update.b.shape[0], update.a.shape[1]
-    if shape == (out_features, in_features) and out_features != in_features:
-        return replace(update, layout="linear")
-    if shape == (in_features, out_features) and out_features != in_features:
-        return replace(update, layout="transposed")
-    if shape != (out_features, in_features):
-        hint = "; or the layer is a MergedLinear: give enable_lora"
-        raise _misfit(adapter, update.module, shape, ((out_features, in_features), (in_features, out_features)), hint)
-    if update.square is None:
+    if not _is_new_head(fitting.structure, change.parameter):
+        model = fitting.structure.model or "base"
         raise AdapterError(
-            f"{adapter.path}: the weight of '{update.module}' is square, and the file does not say whether it is stored"
-            " (out, in) or (in, out); give fan_in_fan_out"
+            f"{fitting.adapter.path}: the {model} has no '{change.parameter}', and it is not a new head's; merging"
+            " would drop it: give the base that the adapter was trained on"
         )
-    return replace(update, layout=update.square)
+    return change.parameter, Parameter("other", change.value.shape)
 
 
-def _loralib_kernel(adapter: Adapter, update: LowRank, shape: tuple[int, ...]) -> LowRank:
-    """A convolution (out, in / groups, k, ...): A is (r · k, in · k), B is (out / groups · k, r · k), and the scaling
-    is that of r.
-
-    B · A holds k² numbers per pair of channels: a kernel of one or three dimensions has room for them only where k = 1.
-    """
-    out_features, in_features, extent = update.b.shape[0], update.a.shape[1], shape[-1] if len(shape) > 2 else 0
-    groups = in_features // (shape[1] * extent) if extent and shape[1] else 0
-    expected = (shape[0] * extent // groups, shape[1] * groups * extent) if groups else ()
-    even = set(shape[2:]) == {extent} and extent and update.rank % extent == 0
-    if not even or (out_features, in_features) != expected or out_features * in_features != int(np.prod(shape)):
-        raise AdapterError(
-            f"{adapter.path}: module '{update.module}' has factors A {update.a.shape} and B {update.b.shape}, whose"
-            f" product is no kernel of shape {shape}; the adapter was trained on another model"
-        )
-    return replace(update, rank=update.rank // extent, scaling=update.scaling * extent)
+def _is_new_head(structure: BaseStructure, name: str) -> bool:
+    """A head stands at the top, under a name that nothing of the base has."""
+    top = {one.removeprefix(structure.prefix).partition(".")[0] for one in structure.parameters}
+    top |= {one.partition(".")[0] for one in (*structure.parameters, *structure.aliases)}
+    return name.partition(".")[0] not in top
 
 
-def _expert_parameter(adapter: Adapter, update: LowRank, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Which parameter the update is for, by shape: PEFT's keys number a module's parameters and do not name them."""
-    fitting = [name for name, shape in shapes.items() if _fits_experts(update, shape)]
-    if not fitting:
-        name, shape = next(iter(shapes.items()))
-        raise _misfit(adapter, name, shape, ((update.a.shape[0] // update.rank, update.b.shape[0], update.a.shape[1]),))
-    if len(fitting) > 1 or (len(shapes[fitting[0]]) == 3 and update.a.shape[1] == update.b.shape[0]):
-        raise AdapterError(
-            f"{adapter.path}: the update of '{update.module}' fits {' and '.join(fitting)} of shape"
-            f" {shapes[fitting[0]]} in more than one way, and the file does not say which; merging could be wrong"
-        )
-    return fitting[0]
+def _fitted(fitting: _Fitting, name: str, change: Change, parameter: Parameter) -> Change:
+    """The change in the parameter's own layout; its shape is checked."""
+    match change:
+        case LowRank():
+            return in_layout(fitting.adapter.path, change, parameter)
+        case Replacement():
+            return _checked_replacement(fitting, name, change, parameter)
+        case Increment():
+            return _checked(fitting, change, parameter, change.value.shape)
+        case Rows():
+            _check_rows(fitting, change, parameter)
+            return change
+        case Scale():
+            return _scaled(fitting, change, parameter)
+        case Blend():
+            raise AssertionError("a blend is made of changes that have been placed")
 
 
-def _fits_experts(update: LowRank, shape: tuple[int, ...]) -> bool:
-    out_features, in_features = update.b.shape[0], update.a.shape[1]
-    if len(shape) == 2:
-        return shape == (out_features, in_features) and update.a.shape[0] == update.rank
+def _checked(fitting: _Fitting, change: Increment, parameter: Parameter, shape: tuple[int, ...]) -> Increment:
+    if parameter.shape != shape:
+        raise misfit(fitting.adapter.path, change.module, parameter.shape, (shape,))
+    return change
+
+
+def _scaled(fitting: _Fitting, change: Scale, parameter: Parameter) -> Scale:
+    """With the axis of the weight that the factors are for; a bias has one only."""
+    outputs = 1 if STORED.get(parameter.kind) == "transposed" else 0
+    axis = 0 if len(parameter.shape) == 1 else outputs if change.side == "out" else 1 - outputs
+    if len(parameter.shape) == 2 and parameter.kind in ("unknown", "flagged"):
+        fitting_axes = [index for index, size in enumerate(parameter.shape) if size == change.values.size]
+        if len(fitting_axes) == 2 and parameter.kind == "unknown":
+            raise square(fitting.adapter.path, change.module, parameter.shape)
+        axis = fitting_axes[0] if len(fitting_axes) == 1 else axis
+    if parameter.shape[axis] != change.values.size:
+        expected = tuple(change.values.size if index == axis else size for index, size in enumerate(parameter.shape))
+        raise misfit(fitting.adapter.path, change.module, parameter.shape, (expected,))
+    return replace(change, axis=axis)
+
+
+def _scaled_bias(fitting: _Fitting, name: str, change: Change) -> Iterator[Placed]:
+    """The layer's bias is scaled with its outputs."""
+    bias = name.removesuffix("weight") + "bias"
+    parameter = fitting.structure.find(bias) if isinstance(change, Scale) and change.side == "out" else None
+    if isinstance(change, Scale) and parameter is not None:
+        fitted = _scaled(fitting, replace(change, parameters=("bias",)), parameter)
+        stored = on_stored(fitting.adapter.path, bias, fitted, parameter, _rows(fitting, parameter))
+        yield from (Placed(target, part) for target, part in stored)
+
+
+def _check_rows(fitting: _Fitting, change: Rows, parameter: Parameter) -> None:
+    expected = (parameter.shape[0], *change.values.shape[1:])
+    if parameter.shape != expected or not all(0 <= row < parameter.shape[0] for row in change.rows):
+        raise misfit(fitting.adapter.path, change.module, parameter.shape, (expected,))
+
+
+def _checked_replacement(fitting: _Fitting, name: str, change: Replacement, parameter: Parameter) -> Replacement:
+    """A vocabulary or a head may come in another size: its other axes must be the base's."""
+    shape = change.value.shape
+    if parameter.stored and parameter.shape != shape:
+        resizable = _is_head(fitting.structure, name) or parameter.kind == "embedding" or _is_tied(fitting, name)
+        if not resizable or parameter.shape[1:] != shape[1:] or len(shape) != len(parameter.shape):
+            raise misfit(fitting.adapter.path, change.parameter, parameter.shape, (shape,))
+    return change
+
+
+def _is_head(structure: BaseStructure, name: str) -> bool:
+    """A head of a known model: beside the body, at the top."""
     return (
-        len(shape) == 3
-        and update.a.shape[0] == update.rank * shape[0]
-        and sorted(shape[1:]) == sorted((out_features, in_features))
+        bool(structure.model)
+        and bool(structure.prefix)
+        and not name.startswith(structure.prefix)
+        and any(other.startswith(structure.prefix) for other in structure.parameters)
     )
 
 
-class _Renaming:
-    """From the adapter's module names to the base's: a prefix taken away or added, or a table for flattened names."""
-
-    def __init__(self, strip: str = "", add: str = "", table: Mapping[str, str] | None = None) -> None:
-        self._strip, self._add, self._table = strip, add, table
-
-    def __call__(self, name: str) -> str:
-        if self._table is not None:
-            return self._table.get(name, name)
-        return name.removeprefix(self._strip) if self._strip else self._add + name
+def _is_tied(fitting: _Fitting, name: str) -> bool:
+    return any(name in group for group in fitting.structure.tied)
 
 
-def _renaming(adapter: Adapter, base: Mapping[str, Array]) -> _Renaming:
-    if adapter.spelling == "flattened":
-        return _Renaming(table=_unflattened(adapter, base))
-    named = [change for change in adapter.changes if not isinstance(change, Replacement | Blend)]
-    candidates = [_Renaming(), *_prefix_candidates((change.module for change in named), base)]
-    for candidate in candidates:
-        if all(
-            any(f"{candidate(change.module)}.{parameter}" in base for parameter in change.parameters)
-            for change in named
-        ):
-            return candidate
-    return candidates[0]
+def _rows(fitting: _Fitting, parameter: Parameter) -> int:
+    """How many rows the stored tensor has, of which the parameter is a part."""
+    parts = [piece for piece in parameter.stored if piece.of]
+    return shape_of(fitting.base, parts[0].name)[0] if parts else 0
 
 
-def _prefix_candidates(modules: Iterable[str], base: Mapping[str, Array]) -> list[_Renaming]:
-    """A headless base lacks the prefix that the model with a head puts before its names ("bert."), and the other way
-    round.
-    """
-    heads = {module.partition(".")[0] + "." for module in modules}
-    stripped = [_Renaming(strip=head) for head in heads if len(heads) == 1]
-    return stripped + [_Renaming(add=prefix) for prefix in sorted({name.partition(".")[0] + "." for name in base})]
-
-
-def _unflattened(adapter: Adapter, base: Mapping[str, Array]) -> dict[str, str]:
-    """{name with dots as underscores: module} for the base's modules; an ambiguous name that the adapter uses is an
-    error.
-    """
-    table: dict[str, str] = {}
-    ambiguous = set()
-    for module in {name.rpartition(".")[0] for name in base}:
-        flat = module.replace(".", "_")
-        if table.setdefault(flat, module) != module:
-            ambiguous.add(flat)
-    for change in adapter.changes:
-        if not isinstance(change, Replacement | Blend) and change.module in ambiguous:
-            raise AdapterError(
-                f"{adapter.path}: '{change.module}' stands for several modules of the base; save the adapter with"
-                " dotted names"
-            )
-    return table
-
-
-def _misfit(
-    adapter: Adapter, name: str, shape: tuple[int, ...], expected: tuple[tuple[int, ...], ...], hint: str = ""
-) -> AdapterError:
-    wanted = " or ".join(map(str, expected))
+def _absent(fitting: _Fitting, change: LowRank | Increment | Rows | Scale) -> AdapterError:
+    name = parameter_names(change, fitting.rename)[0]
+    kind = "bias" if isinstance(change, Increment) else "weight"
+    model = f" ({fitting.structure.model})" if fitting.structure.model else ""
     return AdapterError(
-        f"{adapter.path}: '{name}' fits a base tensor of shape {wanted}, but the base has {shape}; the adapter was"
-        f" trained on another model{hint}"
+        f"{fitting.adapter.path}: module '{change.module}' has no {kind} in the base{model} ('{name}'); the adapter was"
+        " trained on another model"
     )

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows
-from lora.bases.opening import open_base
+from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows, Scale
+from lora.bases.knowing import Ask, known
+from lora.bases.opening import Base, open_base
 from lora.errors import LorafuseError
 from lora.files.tensorfile import Array
+from lora.formats.model_class import model_class
 from lora.formats.read import ReadOptions, read_adapter
 from lora.merging.fit import fit
 from lora.merging.merge import check_base
@@ -44,8 +46,10 @@ class Inspection:
     skipped: tuple[str, ...] = ()
 
 
-def inspect_adapter(path: Path, base: Path | None, options: ReadOptions, dequantize: bool = False) -> Inspection:
-    """Read ``path`` and, where a base is given, try the fit.
+def inspect_adapter(
+    path: Path, base: Path | None, options: ReadOptions, dequantize: bool = False, ask: Ask | None = None
+) -> Inspection:
+    """Read ``path`` and, where a base is given, try the fit; ``ask`` asks transformers what the base is.
 
     A refusal is part of the answer; only a missing path raises.
     """
@@ -57,7 +61,7 @@ def inspect_adapter(path: Path, base: Path | None, options: ReadOptions, dequant
         return Inspection(None, None, None, 0, (), str(error), f"refused: {error}")
     size = sum(file.stat().st_size for file in adapter.files)
     try:
-        names = _tensors(adapter, base, dequantize) if base is not None else {}
+        names = _tensors(adapter, open_base(base, dequantize), ask) if base is not None else {}
         refused = None
     except LorafuseError as error:
         names, refused = {}, str(error)
@@ -72,11 +76,17 @@ def inspect_adapter(path: Path, base: Path | None, options: ReadOptions, dequant
     return Inspection(adapter.format, adapter.sha256, adapter.task_type, size, rows, refused, verdict, adapter.skipped)
 
 
-def _tensors(adapter: Adapter, base: Path, dequantize: bool) -> Mapping[int, str]:
-    opened = open_base(base, dequantize)
+def _tensors(adapter: Adapter, opened: Base, ask: Ask | None) -> Mapping[int, str]:
+    """{index of a change: the tensors that it changes, in words}."""
     if adapter.base_sha256 is not None:
         check_base(adapter, opened.fingerprint())
-    return {index: place.parameter for index, place in enumerate(fit(adapter, opened.tensors))}
+    base = known(opened, model_class(adapter), ask)
+    placed = fit(adapter, base.tensors, base.structure)
+    names = [[place.parameter for place in places] for places in placed]
+    return {
+        index: first if not others else f"{first} and {len(others)} more"
+        for index, (first, *others) in enumerate(names)
+    }
 
 
 def _row(change: Change, tensor: str | None) -> Row:
@@ -90,6 +100,8 @@ def _row(change: Change, tensor: str | None) -> Row:
             return Row(change.module, "bias", None, change.scaling, _shape(change.value), tensor)
         case Replacement():
             return Row(change.parameter, "replaced", None, 1.0, _shape(change.value), tensor)
+        case Scale():
+            return Row(change.module, f"scaled {change.side}puts", None, 1.0, _shape(change.values), tensor)
         case Rows():
             return Row(change.module, "trained rows", None, 1.0, _shape(change.values), tensor)
         case Blend():

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from lora.adapter import Adapter, Blend, Change, LowRank
+from lora.adapter import Adapter, Blend, Change, LowRank, Scale
 from lora.errors import AdapterError
 from lora.files.tensorfile import Array
 from lora.merging.delta import Float, changed
@@ -58,7 +58,7 @@ def merge(
                 f"{source}: merging into '{parameter}' overflows {merged.stored.dtype}; store it in a wider dtype"
             )
         differs = merged.unchanged < merged.stored.size
-        if any(isinstance(change, LowRank | Blend) for change in changes):
+        if any(isinstance(change, LowRank | Blend | Scale) for change in changes):
             updated += 1
             differing += differs
         if differs:
@@ -106,6 +106,8 @@ def _merge_one(base: Mapping[str, Array], parameter: str, changes: Sequence[Chan
         exact = apply(changes, before)
         stored_as = dtypes.get(parameter) or (before.dtype if before is not None else exact.dtype)
         stored = exact.astype(stored_as, copy=False)
+    if before is not None and before.shape != exact.shape:
+        before = None  # another size: as good as new
     return Merged(parameter, stored, exact, before, _equal_bits(stored, before), _lost(stored, exact, before))
 
 

@@ -8,12 +8,13 @@ adapters replace with different values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows, Rule
+from lora.adapter import Adapter, Blend, Change, Increment, LowRank, Replacement, Rows, Rule, Scale
+from lora.bases.structure import BaseStructure
 from lora.errors import AdapterError
 from lora.files.tensorfile import Array
 from lora.merging.fit import changes_by_parameter
@@ -36,47 +37,71 @@ class Blending:
     seed: int = 0
 
 
-def combined(base: Mapping[str, Array], adapters: Sequence[Weighted], blending: Blending) -> dict[str, list[Change]]:
-    """{parameter: its changes} of all adapters together.
+def combined(
+    base: Mapping[str, Array],
+    adapters: Sequence[Weighted],
+    blending: Blending,
+    structure: Callable[[Adapter], BaseStructure | None] = lambda adapter: None,
+) -> dict[str, list[Change]]:
+    """{tensor: its changes} of all adapters together; ``structure`` is what is known of the base, as each's model.
 
     Raises AdapterError when an adapter does not fit the base, or when the adapters can't be combined.
     """
     if not 0 < blending.density <= 1:
         raise AdapterError(f"density {blending.density} is not a share; expected more than 0 and at most 1")
     ordered = sorted(adapters, key=lambda weighted: (weighted.adapter.sha256, weighted.weight))
-    targets = [changes_by_parameter(base, weighted.adapter) for weighted in ordered]
+    targets = [changes_by_parameter(base, one.adapter, structure(one.adapter)) for one in ordered]
     if len(ordered) == 1 and ordered[0].weight == 1:
         return targets[0]
     _refuse_dora(ordered)
     names = sorted({name for target in targets for name in target})
     paired = list(zip(ordered, targets, strict=True))
     return {
-        name: _combine_one(name, [(weighted, target[name]) for weighted, target in paired if name in target], blending)
+        name: _combine_one(
+            name, [(weighted, change) for weighted, target in paired for change in target.get(name, ())], blending
+        )
         for name in names
     }
 
 
-def _combine_one(name: str, parts: Sequence[tuple[Weighted, list[Change]]], blending: Blending) -> list[Change]:
-    """Replaced tensors first, then the updates: added with their weights, or blended where a rule needs all."""
-    changes = [(weighted, change) for weighted, own in parts for change in own]
-    fixed = [(weighted, change) for weighted, change in changes if isinstance(change, Replacement | Rows)]
+def _combine_one(name: str, changes: Sequence[tuple[Weighted, Change]], blending: Blending) -> list[Change]:
+    """A replaced tensor first, then the updates, then the biases' increments."""
+    fixed: list[tuple[Weighted, Replacement | Rows]] = []
+    updates: list[tuple[Weighted, LowRank]] = []
+    increments: list[Change] = []
+    for weighted, change in changes:
+        match change:
+            case Replacement() | Rows():
+                fixed.append((weighted, change))
+            case LowRank():
+                updates.append((weighted, change))
+            case Increment():
+                increments.append(replace(change, scaling=change.scaling * weighted.weight))
+            case Scale():
+                raise AdapterError(
+                    f"{weighted.adapter.path}: an IA3 adapter can't be weighted or combined with others: it multiplies"
+                    f" '{name}', and adds nothing to it"
+                )
+            case Blend():
+                raise AssertionError("a blend is made here, of what adapters bring")
+    return [*_agreed(name, fixed), *_added(name, updates, blending), *increments]
+
+
+def _agreed(name: str, fixed: Sequence[tuple[Weighted, Replacement | Rows]]) -> list[Change]:
+    """The one value that all adapters give a tensor. Raises AdapterError where they differ."""
     for weighted, change in fixed[1:]:
         if not _same_values(change, fixed[0][1]):
             raise AdapterError(
                 f"{weighted.adapter.path}: '{name}' is replaced by {fixed[0][0].adapter.path} too, with other values; "
                 "tasks with heads of their own can't be combined"
             )
-    increments: list[Change] = [
-        replace(change, scaling=change.scaling * weighted.weight)
-        for weighted, change in changes
-        if isinstance(change, Increment)
-    ]
-    updates = [(weighted, change) for weighted, change in changes if isinstance(change, LowRank)]
+    return [change for _, change in fixed[:1]]
+
+
+def _added(name: str, updates: Sequence[tuple[Weighted, LowRank]], blending: Blending) -> list[Change]:
+    """The updates with their weights; or their blend, where a rule needs all of them."""
     if blending.rule == "linear" or not updates:
-        scaled: list[Change] = [
-            replace(update, scaling=update.scaling * weighted.weight) for weighted, update in updates
-        ]
-        return [change for _, change in fixed[:1]] + scaled + increments
+        return [replace(update, scaling=update.scaling * weighted.weight) for weighted, update in updates]
     blend = Blend(
         updates=tuple(update for _, update in updates),
         weights=tuple(weighted.weight for weighted, _ in updates),
@@ -84,7 +109,7 @@ def _combine_one(name: str, parts: Sequence[tuple[Weighted, list[Change]]], blen
         density=blending.density,
         seeds=tuple(_seed(blending.seed, weighted.adapter, name) for weighted, _ in updates),
     )
-    return [change for _, change in fixed[:1]] + [blend] + increments
+    return [blend]
 
 
 def _refuse_dora(adapters: Sequence[Weighted]) -> None:

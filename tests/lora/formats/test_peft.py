@@ -146,7 +146,7 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path):
 MISFITS = {
     "module 'layer' has no weight in the base": ({"other.weight": np.ones((4, 6))}, {}),
     "fits a base tensor of shape (4, 6), but the base has (5, 6)": ({"layer.weight": np.ones((5, 6))}, {}),
-    "fits a base tensor of shape (4, 6), but the base has (4, 6, 1)": ({"layer.weight": np.ones((4, 6, 1))}, {}),
+    "fits a base tensor of shape (4, 6), but the base has (4, 6, 2)": ({"layer.weight": np.ones((4, 6, 2))}, {}),
 }
 
 
@@ -173,12 +173,12 @@ def test_square_experts_are_refused_because_the_file_does_not_say_how_they_lie(t
 
 def test_a_headless_base_is_found_without_the_prefix_of_the_model_with_a_head(tmp_path: Path):
     tensors = {key.replace("layer", "bert.encoder.layer"): values for key, values in SOUND.items()}
-    (place,) = fit(
+    ((place,),) = fit(
         read_peft(saved(tmp_path, tensors)), {"encoder.layer.weight": np.ones((4, 6)), "pooler.weight": np.ones(3)}
     )
     assert place.parameter == "encoder.layer.weight"
 
 
 def test_a_weight_stored_transposed_is_recognised_by_its_shape(tmp_path: Path):
-    (place,) = fit(read_peft(saved(tmp_path, fan_in_fan_out=False)), {"layer.weight": np.ones((6, 4))})
+    ((place,),) = fit(read_peft(saved(tmp_path, fan_in_fan_out=False)), {"layer.weight": np.ones((6, 4))})
     assert place.change.layout == "transposed"
