@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from exporter.bundle.layout import ModelWeights, Shapes, WeightMap, key, to_graph
-from exporter.bundle.manifest import Bundle, File, Graph, Head, Port, Precision
+from exporter.bundle.layout import ModelWeights, Order, key, to_graph
+from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import File, Graph, Head, Port, Precision, Weight
 from exporter.bundle.staging import named_by_content
 from exporter.graph.external_data import load_graph
 from exporter.source import Source
@@ -21,18 +23,13 @@ from lora.errors import BundleError, ExportError
 from lora.files.tensorfile import Array, Lazy, TensorFile, numpy_dtype, write_tensors
 from lora.progress import Progress
 
-Dtype = np.dtype[np.generic]
-
 
 @dataclass(frozen=True)
-class Dense:
-    """The graph, the dtypes of its weights, and the files that hold the base's values; ``added`` are those not in the
-    bundle yet.
-    """
+class BaseGraph:
+    """A graph and the files that hold the base's values; ``added`` are those that are not in the bundle yet."""
 
     graph: Graph
     proto: onnx.ModelProto
-    dtypes: dict[str, Dtype]
     weights: tuple[TensorFile, ...]
     added: tuple[File, ...]
     traced: bool
@@ -40,45 +37,45 @@ class Dense:
     @property
     def stored(self) -> ModelWeights:
         """The base's values for this graph; a head of another size that the files hold for another graph is not one."""
-        return ModelWeights(self.weights, self.graph.weights, _shapes(self.proto, self.graph.weights))
+        return ModelWeights(self.weights, self.graph.weights)
 
 
-def known_dense(existing: Bundle, head: Head, weights: tuple[TensorFile, ...]) -> Dense | None:
+def known_graph(existing: Bundle, role: str, head: Head, weights: tuple[TensorFile, ...]) -> BaseGraph | None:
     """The graph of a task in the bundle that has the same head; none where no undamaged one has."""
     for task in existing.manifest.tasks.values():
-        graph = existing.graph(task)
-        if graph.head == head:
+        part = task.parts.get(role)
+        if part is not None and existing.manifest.graphs[part.graph].head == head:
             with suppress(BundleError):
-                proto = load_graph(existing.checked(task.model))
-                return Dense(graph, proto, _dtypes(proto), weights, added=(), traced=False)
+                proto = load_graph(existing.checked(part.model))
+                return BaseGraph(existing.manifest.graphs[part.graph], proto, weights, added=(), traced=False)
     return None
 
 
-def traced_dense(
+def traced_graph(
     source: Source,
+    role: str,
     head: Head,
     precision: Precision,
     adapter: Adapter,
     held: tuple[TensorFile, ...],
     stage: Path,
     progress: Progress,
-) -> Dense:
+) -> BaseGraph:
     """Trace the base with ``head``, and stage those of its weights that no file of ``held`` has yet."""
     progress("tracing the base model (once for this head)")
-    graph, proto = _trace(source, head, precision)
+    graph, proto = _trace(source, role, head, precision)
     progress("writing the base's weights")
-    values, dtypes = source.weights(head, adapter.replaced), _dtypes(proto)
-    present = ModelWeights(held, graph.weights, _shapes(proto, graph.weights))
+    values, present = source.weights(role, head, adapter.replaced), ModelWeights(held, graph.weights)
     absent = {
-        key(name, order): _stored(name, values[name], order, dtypes[name], source.name)
-        for name, order in graph.weights.items()
+        key(name, weight.order): _stored(name, values[name], weight, source.name)
+        for name, weight in graph.weights.items()
         if name in values and name not in present
     }
     if not absent:
-        return Dense(graph, proto, dtypes, held, added=(), traced=True)
+        return BaseGraph(graph, proto, held, added=(), traced=True)
     write_tensors(stage / "base.safetensors", absent)
     added = named_by_content(stage / "base.safetensors", "base")
-    return Dense(graph, proto, dtypes, (*held, TensorFile(stage / added.path)), added=(added,), traced=True)
+    return BaseGraph(graph, proto, (*held, TensorFile(stage / added.path)), added=(added,), traced=True)
 
 
 def held_weights(bundle: Bundle) -> tuple[TensorFile, ...]:
@@ -90,10 +87,19 @@ def held_weights(bundle: Bundle) -> tuple[TensorFile, ...]:
     return tuple(held)
 
 
-def _trace(source: Source, head: Head, precision: Precision) -> tuple[Graph, onnx.ModelProto]:
+def weight_map(proto: onnx.ModelProto, orders: Mapping[str, Order]) -> dict[str, Weight]:
+    """{weight: its order, and the shape and dtype that its initializer has in ``proto``}."""
+    return {
+        tensor.name: Weight(orders[tensor.name], tuple(tensor.dims), _dtype(tensor.data_type))
+        for tensor in proto.graph.initializer
+        if tensor.name in orders
+    }
+
+
+def _trace(source: Source, role: str, head: Head, precision: Precision) -> tuple[Graph, onnx.ModelProto]:
     from exporter.graph.trace import trace
 
-    asked = source.signature(head, precision)
+    asked = source.signature(role, head, precision)
     try:
         traced = trace(asked)
     except Exception as error:  # torch raises classes of its own that share no root but Exception
@@ -103,34 +109,22 @@ def _trace(source: Source, head: Head, precision: Precision) -> tuple[Graph, onn
             " module of your own"
         ) from error
     inputs, outputs = (tuple(map(_port, values)) for values in (traced.graph.graph.input, traced.graph.graph.output))
-    return Graph(head=head, inputs=inputs, outputs=outputs, weights=traced.weights), traced.graph
+    weights = weight_map(traced.graph, traced.weights)
+    return Graph(part=role, head=head, inputs=inputs, outputs=outputs, weights=weights), traced.graph
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
-    return Port(name=value.name, dtype=dtype, shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim))
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return Port(name=value.name, dtype=_dtype(tensor.elem_type), shape=shape)
 
 
-def _dtypes(proto: onnx.ModelProto) -> dict[str, Dtype]:
-    """By name; bfloat16 as ml_dtypes has it, which safetensors files are read with."""
-    return {
-        tensor.name: numpy_dtype(np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type)).name)
-        for tensor in proto.graph.initializer
-    }
+def _dtype(onnx_type: int) -> str:
+    return np.dtype(helper.tensor_dtype_to_np_dtype(onnx_type)).name
 
 
-def _shapes(proto: onnx.ModelProto, weights: WeightMap) -> Shapes:
-    """By the key under which a file keeps the weight."""
-    return {
-        key(tensor.name, weights[tensor.name]): tuple(tensor.dims)
-        for tensor in proto.graph.initializer
-        if tensor.name in weights
-    }
-
-
-def _stored(name: str, values: Array, order: tuple[int, ...] | None, dtype: Dtype, source: str) -> Lazy:
+def _stored(name: str, values: Array, weight: Weight, source: str) -> Lazy:
     from exporter.graph.precision import stored_as
 
-    shape = values.shape if order is None else tuple(values.shape[axis] for axis in order)
-    return Lazy(dtype, shape, lambda: to_graph(stored_as(name, values, dtype, source), order))
+    dtype = numpy_dtype(weight.dtype)
+    return Lazy(dtype, weight.shape, lambda: to_graph(stored_as(name, values, dtype, source), weight.order))

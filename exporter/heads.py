@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle.manifest import CLASSIFIERS, Head
+from exporter.bundle.records import MODEL, Head
+from exporter.bundle.task_types import TASK_TYPES
 from lora.adapter import Adapter, Blend, Replacement, Rows
 from lora.bases.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDING, read_config
 from lora.errors import ExportError
 
-# {task type: what transformers calls a model's class for it}. The names are PEFT's; it has none for classifying images.
-TASK_TYPES: Mapping[str, tuple[str, ...]] = {
-    "SEQ_CLS": ("ForSequenceClassification",),
-    "TOKEN_CLS": ("ForTokenClassification",),
-    "QUESTION_ANS": ("ForQuestionAnswering",),
-    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
-    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
-    "IMAGE_CLS": ("ForImageClassification",),
-    "FEATURE_EXTRACTION": (),
-}
 # What a task type alone does not say: the Whisper model that is exported is its encoder, whatever it was trained in.
 ENCODERS = ("whisper",)
 # Models of two parts, of which one is exported: what it is called, and what stands in the path of the other's modules.
-PARTS: Mapping[str, tuple[str, str]] = {"whisper": ("encoder", "decoder"), "clip": ("vision tower", "text_model")}
-# Task types whose head the adapter brings, in a size of its own.
-WITH_HEADS = (*CLASSIFIERS, "QUESTION_ANS")
+ONE_OF_TWO: Mapping[str, tuple[str, str]] = {"whisper": ("encoder", "decoder")}
+# What configurations call the width of a model's outputs.
+WIDTHS = ("projection_dim", "hidden_size", "d_model", "dim", "n_embd")
+# Models of two towers, which are two parts where an adapter changes the text's: what their modules' paths begin with.
+TOWERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "clip": {"text": ("text_model", "text_projection"), "vision": ("vision_model", "visual_projection")}
+}
 # The last linear layer of transformers' classification heads; its rows are the classes.
 HEAD_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "qa_outputs.weight")
+
+
+def heads_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart: bool = False) -> dict[str, Head]:
+    """{role: head} of the parts that a task of ``adapter`` has; a model of one part has the role "model".
+
+    A model of two towers has both as parts where the adapter changes the text's; the image's alone is one model.
+    Raises ExportError as ``head_of`` does.
+    """
+    towers = TOWERS.get(str(read_config(folder).get("model_type")), {})
+    head = head_of(adapter, folder, task_type, apart)
+    if towers and head.task_type == "FEATURE_EXTRACTION" and _changes_any(adapter, towers["text"]):
+        return dict.fromkeys(towers, head)
+    return {MODEL: head}
 
 
 def head_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart: bool = False) -> Head:
@@ -51,18 +59,18 @@ def head_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart:
         )
     if kind == "FEATURE_EXTRACTION":
         _check_part(adapter, str(config.get("model_type")))
-    if kind in WITH_HEADS:
+    if TASK_TYPES[kind].brings_head:
         return Head(kind, _rows_of_head(adapter) or _classes(config))
     size = _first(
         config,
-        ("vocab_size",) if kind.endswith("_LM") else ("projection_dim", "hidden_size", "d_model", "dim", "n_embd"),
+        ("vocab_size",) if TASK_TYPES[kind].models_language else WIDTHS,
     )
     if size is None:
         raise ExportError(
             f"{folder / 'config.json'}: says neither vocabulary nor width, so the outputs of a {kind} model are"
             " unknown; fetch the base again"
         )
-    return Head(kind, size, tied=not (kind.endswith("_LM") and (apart or _unties(adapter, config))))
+    return Head(kind, size, tied=not (TASK_TYPES[kind].models_language and (apart or _unties(adapter, config))))
 
 
 def embeddings_apart(names: Iterable[str]) -> bool:
@@ -80,11 +88,20 @@ def is_of_head(parameter: str) -> bool:
     return f".{parameter.rpartition('.')[0]}.weight".endswith(tuple(f".{weight}" for weight in HEAD_WEIGHTS))
 
 
-def _check_part(adapter: Adapter, model_type: str) -> None:
-    exported, other = PARTS.get(model_type, ("", ""))
+def _paths(adapter: Adapter) -> Iterator[str]:
+    """The modules, or the parameters that are replaced, that the adapter changes."""
     for change in adapter.changes:
         assert not isinstance(change, Blend)  # made by a merge of several adapters
-        path = change.parameter if isinstance(change, Replacement) else change.module
+        yield change.parameter if isinstance(change, Replacement) else change.module
+
+
+def _changes_any(adapter: Adapter, modules: tuple[str, ...]) -> bool:
+    return any(module in path.split(".") for path in _paths(adapter) for module in modules)
+
+
+def _check_part(adapter: Adapter, model_type: str) -> None:
+    exported, other = ONE_OF_TWO.get(model_type, ("", ""))
+    for path in _paths(adapter):
         if other in path.split("."):
             raise ExportError(
                 f"{adapter.path}: changes '{path}', but of a {model_type} model the {exported} alone is exported; train"
@@ -95,7 +112,7 @@ def _check_part(adapter: Adapter, model_type: str) -> None:
 def _of_architecture(config: Mapping[str, Any]) -> str:
     names = " ".join(map(str, config.get("architectures") or ()))
     return next(
-        (kind for kind, suffixes in TASK_TYPES.items() if any(suffix in names for suffix in suffixes)),
+        (kind for kind, known in TASK_TYPES.items() if any(suffix in names for suffix in known.classes)),
         "FEATURE_EXTRACTION",
     )
 

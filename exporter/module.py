@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from exporter.base_graph import held_weights
-from exporter.bundle.manifest import MODULE, Head, Precision, Store, check_task_name
+from exporter.bundle.manifest_file import check_task_name
+from exporter.bundle.records import MODEL, Head, Precision, Store
 from exporter.bundle.staging import current_bundle
+from exporter.bundle.task_types import MODULE
 from exporter.graph.precision import torch_dtype
 from exporter.graph.signature import Called, Signature
 from exporter.source import Source
-from exporter.task import Exported, Plan, adapter_of, check_same_base, export_traced, precision_of
+from exporter.task import Exported, TaskDraft, adapter_of, check_same_base, export_traced, precision_of
 from lora.progress import Progress, unheard
 
 
@@ -49,7 +50,7 @@ def export(
     read = adapter_of(Path(adapter) if adapter is not None else None, Path(task))
     dynamic = {name: dict(axes.get(name, {})) if axes is not None else {0: "batch"} for name in example_inputs}
 
-    def traced(head: Head, asked: Precision) -> Signature:
+    def traced(role: str, head: Head, asked: Precision) -> Signature:
         model = copy.deepcopy(module).to(torch_dtype(asked))
         return Signature(Called(model, torch_dtype(asked)), dict(example_inputs), dynamic, outputs)
 
@@ -60,14 +61,20 @@ def export(
     }
     sha256 = _fingerprint(module)
     source = Source(
-        type(module).__name__, lambda: sha256, traced, lambda head, replaced: state, files=(), longest=0, vocabulary=0
+        name=type(module).__name__,
+        fingerprint=lambda: sha256,
+        signature=traced,
+        weights=lambda role, head, replaced: state,
+        tied=lambda head: (),
+        files=(),
+        longest=0,
+        vocabulary=0,
     )
     existing = current_bundle(Path(out))
     check_same_base(existing, sha256)
-    held = held_weights(existing) if existing else ()
-    plan = Plan(task, read, Head(MODULE, len(outputs)), labels=(), store=store)
+    draft = TaskDraft(task, read, {MODEL: Head(MODULE, len(outputs))}, labels=(), store=store)
     # Traced each time: weights have a fingerprint, a module's code has none.
-    return export_traced(source, plan, precision_of(existing, precision), existing, held, Path(out), progress)
+    return export_traced(source, draft, precision_of(existing, precision), existing, Path(out), progress)
 
 
 def _fingerprint(module: nn.Module) -> str:

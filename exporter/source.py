@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.bundle.manifest import Head, Precision
-from exporter.transformers_base import base_weights, check_config, input_limits, skeleton
-from lora.files.tensorfile import Array
+from exporter.bundle.records import Head, Precision
+from exporter.heads import embeddings_apart
+from exporter.transformers_base import base_weights, check_config, input_limits, skeleton, tied_groups
+from lora.bases.checkpoint import weight_files
+from lora.files.tensorfile import Array, TensorFile
 
 if TYPE_CHECKING:  # a task with a known head is exported without torch
     from exporter.graph.signature import Signature
@@ -28,15 +30,16 @@ class Source:
     """A base, by what messages call it and the fingerprint of its weights, which may be asked for late: it takes
     seconds to make.
 
-    ``signature`` makes a module to trace; ``weights`` gives the real values by parameter name, without those that an
-    adapter replaces (``replaced``). ``files`` are copied into the bundle; ``longest`` and ``vocabulary`` are the base's
-    limits in tokens.
+    ``signature`` makes a module to trace of a part of the model; ``weights`` gives the real values by parameter name,
+    without those that an adapter replaces (``replaced``); ``tied`` says which parameters are one tensor. ``files`` are
+    copied into the bundle; ``longest`` and ``vocabulary`` are the base's limits in tokens.
     """
 
     name: str
     fingerprint: Callable[[], str]
-    signature: Callable[[Head, Precision], Signature]
-    weights: Callable[[Head, Iterable[str]], Mapping[str, Array]]
+    signature: Callable[[str, Head, Precision], Signature]
+    weights: Callable[[str, Head, Iterable[str]], Mapping[str, Array]]
+    tied: Callable[[Head], tuple[tuple[str, ...], ...]]
     files: tuple[Path, ...]
     longest: int
     vocabulary: int
@@ -45,10 +48,10 @@ class Source:
 def checkpoint(folder: Path, fingerprint: Callable[[], str]) -> Source:
     """The base in ``folder``, a checkpoint that transformers knows. Raises ExportError where it does not."""
 
-    def traced(head: Head, precision: Precision) -> Signature:
+    def traced(role: str, head: Head, precision: Precision) -> Signature:
         from exporter.graph.signature import signature
 
-        return signature(skeleton(folder, head, precision), head)
+        return signature(skeleton(folder, head, precision, role), head, role)
 
     check_config(folder)
     longest, vocabulary = input_limits(folder)
@@ -56,8 +59,14 @@ def checkpoint(folder: Path, fingerprint: Callable[[], str]) -> Source:
         name=str(folder),
         fingerprint=fingerprint,
         signature=traced,
-        weights=lambda head, replaced: base_weights(folder, head, replaced),
+        weights=lambda role, head, replaced: base_weights(folder, role, head, replaced),
+        tied=lambda head: () if embeddings_apart(stored_names(folder)) else tied_groups(folder, head),
         files=tuple(folder / name for name in SIDE_FILES if (folder / name).is_file()),
         longest=longest,
         vocabulary=vocabulary,
     )
+
+
+def stored_names(folder: Path) -> Iterable[str]:
+    """The names of all tensors in a checkpoint's files."""
+    return (name for path in weight_files(folder) for name in TensorFile(path))

@@ -7,44 +7,38 @@ loader: its graph is an existing task's, pointed at its own tensors.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import msgspec
+import numpy as np
 
-from exporter.base_graph import Dense, held_weights, known_dense, traced_dense
-from exporter.bundle.changes import brought_whole
+from exporter.base_graph import BaseGraph, held_weights, known_graph, traced_graph
+from exporter.bundle.edits import with_task
 from exporter.bundle.layout import ModelWeights, key, to_graph
-from exporter.bundle.manifest import (
-    MODULE,
-    SCHEMA,
-    Base,
-    Bundle,
-    File,
-    Graph,
-    Head,
-    Manifest,
-    Precision,
-    Store,
-    Task,
-    check_task_name,
-    open_bundle,
-)
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest_file import check_task_name
+from exporter.bundle.records import MODEL, Base, File, Head, Part, Precision, Store, Task, Weight
 from exporter.bundle.staging import commit, current_bundle, describe, named_by_content, staging
+from exporter.bundle.task_part import brought_whole
+from exporter.bundle.task_types import MODULE, task_type
 from exporter.graph.digest import graph_digest
 from exporter.graph.external_data import pointed
-from exporter.heads import embeddings_apart, head_of
-from exporter.source import Source, checkpoint
+from exporter.heads import embeddings_apart, heads_of
+from exporter.source import Source, checkpoint, stored_names
 from lora.adapter import Adapter
-from lora.bases.checkpoint import fingerprint, weight_files
+from lora.bases.checkpoint import fingerprint
 from lora.errors import BundleError, ExportError
-from lora.files.tensorfile import TensorFile, TensorWriter
+from lora.files.tensorfile import TensorFile, TensorWriter, numpy_dtype
 from lora.formats.peft import read_peft
 from lora.merging.fit import changes_by_parameter
-from lora.merging.merge import Targets, check_base, merge
+from lora.merging.merge import Merged, Targets, check_base, merge
 from lora.progress import Progress, unheard
 
 TOOLS = ("lorafuse", "onnx")
@@ -82,14 +76,17 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A task to be written: what its head, adapter, labels and way of storage were found to be."""
+class TaskDraft:
+    """A task to be written: what the heads of its parts, its adapter, labels and way of storage were found to be."""
 
     task: str
     adapter: Adapter
-    head: Head
+    heads: Mapping[str, Head]
     labels: tuple[str, ...]
     store: Store
+
+
+Graphs = Mapping[str, BaseGraph]  # by the role of the part
 
 
 def export_task(request: Request, out: Path, progress: Progress = unheard) -> Exported:
@@ -102,57 +99,35 @@ def export_task(request: Request, out: Path, progress: Progress = unheard) -> Ex
     check_task_name(request.task)
     progress("reading the adapter")
     adapter = adapter_of(request.adapter, request.base)
-    head = head_of(
-        adapter,
-        request.base,
-        request.task_type,
-        embeddings_apart(name for path in weight_files(request.base) for name in TensorFile(path)),
-    )
+    apart = embeddings_apart(stored_names(request.base))
+    heads = heads_of(adapter, request.base, request.task_type, apart)
     existing = current_bundle(out)
     precision = precision_of(existing, request.precision)
-    plan = Plan(request.task, adapter, head, _labels(request.labels, head, adapter), request.store)
+    draft = TaskDraft(request.task, adapter, heads, _labels(request.labels, heads, adapter), request.store)
     with ThreadPoolExecutor(1) as pool:  # hashing gigabytes goes on beside whatever follows
         hashing = pool.submit(fingerprint, request.base)
-        held = held_weights(existing) if existing else ()
         if existing is not None or adapter.base_sha256 is not None:
             check_base(adapter, hashing.result())
             check_same_base(existing, hashing.result())
-        dense = (
-            known_dense(existing, head, held) if existing and len(held) == len(existing.manifest.base.weights) else None
-        )
-        if existing is None or dense is None or not _has_values(dense, adapter):
-            return export_traced(
-                checkpoint(request.base, hashing.result), plan, precision, existing, held, out, progress
-            )
+        known = _known_graphs(existing, heads) if existing else None
+        if existing is None or known is None or not _have_values(known, adapter):
+            return export_traced(checkpoint(request.base, hashing.result), draft, precision, existing, out, progress)
     with staging(out) as stage:
-        return write_task(out, stage, plan, dense, existing.manifest.base, progress)
-
-
-def _has_values(dense: Dense, adapter: Adapter) -> bool:
-    """Whether every weight has a value.
-
-    A head of the base's own is not in the bundle while all tasks have brought theirs.
-    """
-    return dense.graph.weights.keys() <= dense.stored.keys() | changes_by_parameter(dense.stored, adapter).keys()
+        return write_task(out, stage, draft, known, existing.manifest.base, progress)
 
 
 def export_traced(
-    source: Source,
-    plan: Plan,
-    precision: Precision,
-    existing: Bundle | None,
-    held: tuple[TensorFile, ...],
-    out: Path,
-    progress: Progress,
+    source: Source, draft: TaskDraft, precision: Precision, existing: Bundle | None, out: Path, progress: Progress
 ) -> Exported:
-    """Trace ``source`` and write the task.
-
-    ``held`` are the files of the base's weights that the bundle has, undamaged.
-    """
+    """Trace the parts of ``source`` and write the task; weights that the bundle has undamaged are not written again."""
+    graphs: dict[str, BaseGraph] = {}
+    held = held_weights(existing) if existing else ()
     with staging(out) as stage:
-        dense = traced_dense(source, plan.head, precision, plan.adapter, held, stage, progress)
-        base = _staged_base(stage, source, precision, existing, dense)
-        return write_task(out, stage, plan, dense, base, progress)
+        for role, head in draft.heads.items():
+            graphs[role] = traced_graph(source, role, head, precision, draft.adapter, held, stage, progress)
+            held = graphs[role].weights
+        base = _staged_base(stage, source, precision, existing, draft.heads, graphs)
+        return write_task(out, stage, draft, graphs, base, progress)
 
 
 def add_task(
@@ -172,61 +147,56 @@ def add_task(
     check_task_name(task)
     progress("reading the adapter")
     existing = open_bundle(bundle)
+    base = existing.manifest.base
     read = read_peft(adapter)
-    check_base(read, existing.manifest.base.sha256)
-    head = _module_head(existing) or head_of(read, existing.path / "base", apart=_apart(existing))
-    files = existing.manifest.base.weights
-    dense = known_dense(existing, head, tuple(TensorFile(existing.present(file)) for file in files))
-    if dense is None:
+    check_base(read, base.sha256)
+    heads = _module_heads(existing) or heads_of(read, existing.path / "base", apart=not base.tied)
+    weights = tuple(TensorFile(existing.present(file)) for file in base.weights)
+    graphs = {role: known_graph(existing, role, head, weights) for role, head in heads.items()}
+    known = {role: graph for role, graph in graphs.items() if graph is not None}
+    if absent := [head for role, head in heads.items() if role not in known]:
         raise BundleError(
-            f"{bundle}: no task has a {head.task_type} head of {head.outputs} outputs yet; add the first with 'lorafuse"
-            " export', from the base"
+            f"{bundle}: no task has a {absent[0].task_type} head of {absent[0].outputs} outputs yet; add the first with"
+            " 'lorafuse export', from the base"
         )
-    plan = Plan(task, read, head, _labels(labels, head, read), store)
+    draft = TaskDraft(task, read, heads, _labels(labels, heads, read), store)
     with ThreadPoolExecutor(1) as pool, staging(bundle) as stage:
-        checks = [
-            pool.submit(existing.checked, file) for file in files
-        ]  # while the tensors are merged; waited for before anything is changed
-        return write_task(
-            bundle, stage, plan, dense, existing.manifest.base, progress, lambda: [check.result() for check in checks]
-        )
+        # While the tensors are merged; waited for before anything is changed.
+        checks = [pool.submit(existing.checked, file) for file in base.weights]
+        return write_task(bundle, stage, draft, known, base, progress, lambda: [check.result() for check in checks])
 
 
 def write_task(
     out: Path,
     stage: Path,
-    plan: Plan,
-    dense: Dense,
+    draft: TaskDraft,
+    graphs: Graphs,
     base: Base,
     progress: Progress,
     before: Callable[[], object] = lambda: None,
 ) -> Exported:
     """Merge, stage the task's files, and commit them once ``before`` has returned."""
     progress("merging")
-    stored = dense.stored
-    targets = changes_by_parameter(stored, plan.adapter)
-    _check_places(plan.adapter, targets, dense.graph)
-    weights, changed = _write_changed(stage, plan, dense, stored, targets)
-    model = _write_graph(stage, plan, dense, weights)
+    weights, changed = _write_changed(stage, draft, graphs)
+    parts = {role: _staged_part(stage, draft, role, graph, weights.get(role)) for role, graph in graphs.items()}
     task = Task(
-        graph=graph_digest(dense.proto),
-        model=model,
-        weights=weights,
-        store=plan.store,
-        adapter=_copy_adapter(stage, plan.task, plan.adapter),
-        adapter_sha256=plan.adapter.sha256,
-        labels=plan.labels,
+        parts=parts,
+        store=draft.store,
+        adapter=_copy_adapter(stage, draft.task, draft.adapter),
+        adapter_sha256=draft.adapter.sha256,
+        labels=draft.labels,
     )
     before()
     progress("writing the bundle")
-    bundle = commit(out, stage, lambda current: _with_task(current, base, plan.task, task, dense.graph))
+    recorded = {parts[role].graph: graph.graph for role, graph in graphs.items()}
+    bundle = commit(out, stage, lambda current: with_task(current, draft.task, task, base, recorded, _versions()))
     return Exported(
         bundle=bundle,
-        task=plan.task,
-        traced=dense.traced,
-        base_bytes=sum(file.size for file in dense.added),
-        graph_bytes=model.size,
-        changed_bytes=weights.size if weights else 0,
+        task=draft.task,
+        traced=any(graph.traced for graph in graphs.values()),
+        base_bytes=sum(file.size for graph in graphs.values() for file in graph.added),
+        graph_bytes=sum(part.model.size for part in parts.values()),
+        changed_bytes=sum(file.size for file in weights.values()),
         adapter_bytes=sum(file.size for file in task.adapter),
         changed=tuple(sorted(changed)),
     )
@@ -252,31 +222,42 @@ def precision_of(existing: Bundle | None, asked: Precision | None) -> Precision:
     return held
 
 
-def _module_head(bundle: Bundle) -> Head | None:
-    """The one head of a bundle that was made of a Python module, whose adapters say nothing about it."""
-    heads = {graph.head for graph in bundle.manifest.graphs.values()}
-    return heads.pop() if len(heads) == 1 and all(head.task_type == MODULE for head in heads) else None
+def _known_graphs(existing: Bundle, heads: Mapping[str, Head]) -> Graphs | None:
+    """The graphs of these heads, with the base's weights; None where one is missing or a file of them is damaged."""
+    held = held_weights(existing)
+    if len(held) != len(existing.manifest.base.weights):
+        return None
+    graphs = {role: known_graph(existing, role, head, held) for role, head in heads.items()}
+    known = {role: graph for role, graph in graphs.items() if graph is not None}
+    return known if len(known) == len(heads) else None
 
 
-def _apart(bundle: Bundle) -> bool:
-    """Whether the base itself has its embeddings apart: a task's graph does whose adapter would have left them one
-    tensor.
+def _have_values(graphs: Graphs, adapter: Adapter) -> bool:
+    """Whether every weight has a value.
 
-    A task whose adapter changes one of the two says nothing about the base. On a base that ties them, a further task's
-    trained tokens would then reach one of the two only.
+    A head of the base's own is not in the bundle while all tasks have brought theirs.
     """
-    return any(
-        _unadapted_ties(bundle, task) for task in bundle.manifest.tasks.values() if not bundle.graph(task).head.tied
+    stored = _stored(graphs)
+    names = {name for graph in graphs.values() for name in graph.graph.weights}
+    return names <= stored.keys() | changes_by_parameter(stored, adapter).keys()
+
+
+def _stored(graphs: Graphs) -> ModelWeights:
+    """The base's values for all parts."""
+    files = max((graph.weights for graph in graphs.values()), key=len)  # a part that was traced later has more
+    return ModelWeights(
+        files, {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
     )
 
 
-def _unadapted_ties(bundle: Bundle, task: Task) -> bool:
-    """Whether the task's adapter, by itself, leaves the embeddings tied."""
-    base, folder = bundle.path / "base", (bundle.path / task.adapter[0].path).parent if task.adapter else None
-    return head_of(adapter_of(folder, base), base, bundle.graph(task).head.task_type).tied
+def _module_heads(bundle: Bundle) -> dict[str, Head] | None:
+    """The one head of a bundle that was made of a Python module, whose adapters say nothing about it."""
+    heads = {graph.head for graph in bundle.manifest.graphs.values()}
+    return {MODEL: heads.pop()} if len(heads) == 1 and all(head.task_type == MODULE for head in heads) else None
 
 
-def _labels(given: tuple[str, ...], head: Head, adapter: Adapter) -> tuple[str, ...]:
+def _labels(given: tuple[str, ...], heads: Mapping[str, Head], adapter: Adapter) -> tuple[str, ...]:
+    head = next(iter(heads.values()))
     if not given:
         return tuple(f"LABEL_{index}" for index in range(head.outputs)) if head.classifies and head.outputs > 1 else ()
     if not head.classifies:
@@ -301,47 +282,92 @@ def check_same_base(existing: Bundle | None, base_sha256: str) -> None:
         )
 
 
-def _check_places(adapter: Adapter, targets: Iterable[str], graph: Graph) -> None:
-    unused = sorted(set(targets) - graph.weights.keys())
-    if unused:
-        raise ExportError(
-            f"{adapter.path}: tensor '{unused[0]}' has no place in the graph; the adapter was trained on another model"
-        )
+def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[str, File], list[str]]:
+    """Merge one tensor after the other and stage those for each part's file.
 
-
-def _write_changed(
-    stage: Path, plan: Plan, dense: Dense, stored: ModelWeights, targets: Targets
-) -> tuple[File | None, list[str]]:
-    """Merge one tensor after the other and stage those for the task's file; the names of all that change."""
-    order = dense.graph.weights
-    kept = {name for name, changes in targets.items() if plan.store == "dense" or brought_whole(changes)}
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in dense.proto.graph.initializer}
-    expected = {key(name, order[name]): (dense.dtypes[name], shapes[name]) for name in kept}
-    widest_first = dict(
-        sorted(targets.items(), key=lambda target: (-dense.dtypes[target[0]].itemsize, target[0]))
-    )  # keeps every tensor aligned
+    Returns the files by the parts' roles, and the names of all tensors that change.
+    """
+    stored = _stored(graphs)
+    targets = changes_by_parameter(stored, draft.adapter)
+    dtypes = _dtypes(draft.adapter, targets, graphs)
+    # The widest first keeps every tensor aligned.
+    ordered = dict(sorted(targets.items(), key=lambda target: (-dtypes[target[0]].itemsize, target[0])))
     changed = []
-    with TensorWriter(stage / "task.safetensors", expected) as writer:
-        for merged in merge(stored, widest_first, plan.adapter.path, {name: dense.dtypes[name] for name in targets}):
+    with ExitStack() as stack:
+        writers = {role: stack.enter_context(_PartWriter(stage, draft, role, graphs[role], targets)) for role in graphs}
+        for merged in merge(stored, ordered, draft.adapter.path, dtypes):
             changed.append(merged.parameter)
-            if merged.parameter in kept:
-                writer.add(
-                    key(merged.parameter, order[merged.parameter]), to_graph(merged.stored, order[merged.parameter])
-                )
-    if not kept:
-        (stage / "task.safetensors").unlink()
-        return None, changed
-    return named_by_content(stage / "task.safetensors", plan.task), changed
+            for writer in writers.values():
+                writer.add(merged)
+    files = {role: writer.file() for role, writer in writers.items()}
+    return {role: file for role, file in files.items() if file is not None}, changed
 
 
-def _write_graph(stage: Path, plan: Plan, dense: Dense, weights: File | None) -> File:
+def _dtypes(adapter: Adapter, targets: Targets, graphs: Graphs) -> dict[str, np.dtype[np.generic]]:
+    """{target: the dtype that the graphs read it in}. Raises ExportError for one that no graph has."""
+    weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
+    for name in sorted(targets.keys() - weights.keys()):
+        raise ExportError(
+            f"{adapter.path}: tensor '{name}' has no place in the graph; the adapter was trained on another model"
+        )
+    return {name: numpy_dtype(weights[name].dtype) for name in targets}
+
+
+class _PartWriter:
+    """The file of a part's changed tensors while it is being written."""
+
+    def __init__(self, stage: Path, draft: TaskDraft, role: str, graph: BaseGraph, targets: Targets) -> None:
+        self._stem = draft.task if role == MODEL else f"{draft.task}-{role}"
+        self._path = stage / f"{role}.task.safetensors"
+        self._weights = graph.graph.weights
+        self._kept = {
+            name
+            for name, changes in targets.items()
+            if name in self._weights and (draft.store == "dense" or brought_whole(changes))
+        }
+        expected = {self._key(name): (numpy_dtype(weight.dtype), weight.shape) for name, weight in self._kept_weights()}
+        self._writer = TensorWriter(self._path, expected)
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+
+    def add(self, merged: Merged) -> None:
+        """Write a tensor, where the part has it and its file is to hold it."""
+        name = merged.parameter
+        if name in self._kept:
+            self._writer.add(self._key(name), to_graph(merged.stored, self._weights[name].order))
+
+    def file(self) -> File | None:
+        """The file under its final name, once all is written; None where the part has no tensors of the task's own."""
+        if not self._kept:
+            self._path.unlink()
+            return None
+        return named_by_content(self._path, self._stem)
+
+    def _key(self, name: str) -> str:
+        return key(name, self._weights[name].order)
+
+    def _kept_weights(self) -> Iterable[tuple[str, Weight]]:
+        return ((name, self._weights[name]) for name in sorted(self._kept))
+
+
+def _staged_part(stage: Path, draft: TaskDraft, role: str, graph: BaseGraph, weights: File | None) -> Part:
     """Stage the graph, pointed at the task's tensors and the base's; without tensors of its own it is one that tasks
     share.
     """
-    files = (*dense.weights, TensorFile(stage / weights.path)) if weights else dense.weights
-    proto = pointed(dense.proto, dense.graph.weights, files)
-    (stage / "task.onnx").write_bytes(proto.SerializeToString(deterministic=True))
-    return named_by_content(stage / "task.onnx", plan.task if weights else "base")
+    files = (*graph.weights, TensorFile(stage / weights.path)) if weights else graph.weights
+    proto = pointed(graph.proto, graph.graph.weights, files)
+    path = stage / f"{role}.task.onnx"
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    stem = draft.task if weights else "base"
+    model = named_by_content(path, stem if role == MODEL else f"{stem}-{role}")
+    return Part(graph=graph_digest(graph.proto), model=model, weights=weights)
 
 
 def _copy_adapter(stage: Path, task: str, adapter: Adapter) -> tuple[File, ...]:
@@ -355,9 +381,19 @@ def _copy_adapter(stage: Path, task: str, adapter: Adapter) -> tuple[File, ...]:
     return tuple(describe(stage, f"{folder}/{file.name}") for file in adapter.files)
 
 
-def _staged_base(stage: Path, source: Source, precision: Precision, existing: Bundle | None, dense: Dense) -> Base:
+def _staged_base(
+    stage: Path,
+    source: Source,
+    precision: Precision,
+    existing: Bundle | None,
+    heads: Mapping[str, Head],
+    graphs: Graphs,
+) -> Base:
+    added = tuple(file for graph in graphs.values() for file in graph.added)
+    tied = _tied(source, heads, existing)
     if existing is not None:
-        return msgspec.structs.replace(existing.manifest.base, weights=(*existing.manifest.base.weights, *dense.added))
+        base = existing.manifest.base
+        return msgspec.structs.replace(base, weights=(*base.weights, *added), tied=tied)
     (stage / "base").mkdir()
     for file in source.files:
         shutil.copyfile(file, stage / "base" / file.name)
@@ -367,34 +403,17 @@ def _staged_base(stage: Path, source: Source, precision: Precision, existing: Bu
         precision,
         longest=source.longest,
         vocabulary=source.vocabulary,
-        weights=dense.added,
+        weights=added,
         files=files,
+        tied=tied,
     )
 
 
-def _with_task(current: Manifest | None, base: Base, name: str, task: Task, graph: Graph) -> Manifest:
-    """The current manifest with the task added: what another export has added meanwhile stays."""
-    if current is None:
-        return Manifest(schema=SCHEMA, base=base, graphs={task.graph: graph}, tasks={name: task}, versions=_versions())
-    if (current.base.sha256, current.base.precision) != (base.sha256, base.precision):
-        raise BundleError(
-            f"task '{name}': another export has made this bundle for another base meanwhile; use a bundle of its own"
-        )
-    former = current.tasks.get(name)
-    if former is not None and (former.model, former.adapter_sha256) == (task.model, task.adapter_sha256):
-        task = msgspec.structs.replace(task, engines=former.engines)
-    tasks = dict(sorted({**current.tasks, name: task}.items()))
-    if task.graph in current.graphs:
-        graph = msgspec.structs.replace(graph, engines=current.graphs[task.graph].engines)
-    graphs = {**current.graphs, task.graph: graph}
-    added = tuple(file for file in base.weights if file not in current.base.weights)
-    return msgspec.structs.replace(
-        current,
-        base=msgspec.structs.replace(current.base, weights=(*current.base.weights, *added)),
-        graphs={digest: graphs[digest] for digest in sorted({task.graph for task in tasks.values()})},
-        tasks=tasks,
-        versions=_versions(),
-    )
+def _tied(source: Source, heads: Mapping[str, Head], existing: Bundle | None) -> tuple[tuple[str, ...], ...]:
+    """Groups of tied parameters: those that the bundle knows, or a language model's, whose output may be the input."""
+    known = existing.manifest.base.tied if existing is not None else ()
+    found = [source.tied(head) for head in heads.values() if task_type(head.task_type).models_language]
+    return known or tuple(group for groups in found for group in groups)
 
 
 def _versions() -> dict[str, str]:

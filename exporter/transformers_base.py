@@ -10,21 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle.manifest import Head, Precision
-from exporter.heads import WITH_HEADS, is_of_head
+from exporter.bundle.records import MODEL, Head, Precision
+from exporter.bundle.task_types import task_type
+from exporter.heads import is_of_head
 from lora.errors import ExportError
 from lora.files.tensorfile import Array
 from lora.modules.positions import unused_positions
 
-AUTO_CLASSES: Mapping[str, str] = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "IMAGE_CLS": "AutoModelForImageClassification",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 # Two-tower models of which the image's tower is the one that is exported.
 IMAGE_TOWERS: Mapping[str, str] = {
     "clip": "CLIPVisionModelWithProjection",
@@ -36,9 +28,10 @@ IMAGE_TOWERS: Mapping[str, str] = {
 ATTENTION = "eager"
 
 
-def skeleton(folder: Path, head: Head, precision: Precision = "float32") -> Any:
-    """The torch model of ``folder``'s config.json with ``head``, in evaluation mode; its parameters hold whatever was
-    in memory.
+def skeleton(folder: Path, head: Head, precision: Precision = "float32", role: str = MODEL) -> Any:
+    """The torch model of ``folder``'s config.json with ``head``, in evaluation mode, with whatever was in memory.
+
+    Of a model of several parts it is the whole, whichever ``role`` is asked for: its parameters keep their names.
     """
     from exporter.graph.precision import torch_dtype
 
@@ -50,7 +43,7 @@ def skeleton(folder: Path, head: Head, precision: Precision = "float32") -> Any:
     ):
         config = transformers.AutoConfig.from_pretrained(folder, **_config_changes(head))
         with no_init_weights():
-            model = _model_class(head, config).from_config(
+            model = _model_class(head, config, role).from_config(
                 config, dtype=torch_dtype(precision), attn_implementation=ATTENTION
             )
         model.tie_weights()
@@ -61,7 +54,7 @@ def skeleton(folder: Path, head: Head, precision: Precision = "float32") -> Any:
         return model.eval()
 
 
-def base_weights(folder: Path, head: Head, replaced: Iterable[str]) -> Mapping[str, Array]:
+def base_weights(folder: Path, role: str, head: Head, replaced: Iterable[str]) -> Mapping[str, Array]:
     """The base's own weights by parameter name, float32, without those that a head of the adapter replaces.
 
     A tied weight stands under each of its names. Raises ExportError when a weight is neither in the checkpoint nor
@@ -73,7 +66,7 @@ def base_weights(folder: Path, head: Head, replaced: Iterable[str]) -> Mapping[s
     replaced = set(replaced)
     with _refusing(f"{folder}: transformers {transformers.__version__} can't load this base"):
         config = transformers.AutoConfig.from_pretrained(folder)
-        model, loading = _model_class(head, config).from_pretrained(
+        model, loading = _model_class(head, config, role).from_pretrained(
             folder,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
@@ -90,6 +83,25 @@ def base_weights(folder: Path, head: Head, replaced: Iterable[str]) -> Mapping[s
         )
     other_heads = set(filter(is_of_head, replaced))
     return {name: tensor.numpy() for name, tensor in model.state_dict().items() if name not in absent | other_heads}
+
+
+def tied_groups(folder: Path, head: Head) -> tuple[tuple[str, ...], ...]:
+    """Groups of parameters' names that are one tensor in the model with ``head``, by transformers' own tying.
+
+    A model without weights is made for it. Raises ExportError where transformers can't.
+    """
+    import torch
+
+    transformers = _transformers()
+    what = f"{folder}: transformers {transformers.__version__} can't make a {head.task_type} model of this base"
+    with _refusing(what), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(folder, **_config_changes(head))
+        model = _model_class(head, config, MODEL).from_config(config)
+        model.tie_weights()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
 def input_limits(folder: Path) -> tuple[int, int]:
@@ -144,7 +156,7 @@ def _unused_positions(folder: Path, config: Any) -> int:
 
 
 def _config_changes(head: Head) -> dict[str, Any]:
-    return {"num_labels": head.outputs} if head.task_type in WITH_HEADS else {}
+    return {"num_labels": head.outputs} if task_type(head.task_type).brings_head else {}
 
 
 def _untie(model: Any) -> None:
@@ -165,11 +177,11 @@ def _keep_wide(model: Any) -> None:
             module.to(torch.float32)
 
 
-def _model_class(head: Head, config: Any) -> Any:
+def _model_class(head: Head, config: Any, role: str) -> Any:
     transformers = _transformers()
-    if head.task_type == "FEATURE_EXTRACTION" and config.model_type in IMAGE_TOWERS:
+    if role == MODEL and head.task_type == "FEATURE_EXTRACTION" and config.model_type in IMAGE_TOWERS:
         return _Concrete(getattr(transformers, IMAGE_TOWERS[config.model_type]))
-    return getattr(transformers, AUTO_CLASSES[head.task_type])
+    return getattr(transformers, task_type(head.task_type).auto_class)
 
 
 class _Concrete:

@@ -27,6 +27,7 @@ from engines.commands.terminal import print_table
 from engines.feeds.text import TextEncoder
 from engines.latency.report import Report, read_report
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.task_part import task_part
 from exporter.proof.reference import merged_values, torch_runner
 from lora.files.tensorfile import Array
 from lora.wording import megabytes
@@ -127,13 +128,14 @@ def table_row(task: Task, evaluation: Evaluation, added: int, of_base: int, repo
 def evaluate(bundle: Bundle, task: Task, examples: list[Example]) -> Evaluation:
     """Run every held-out example through all stages."""
     torch.set_num_threads(os.cpu_count() or 1)
-    encoder, graph = TextEncoder(bundle), bundle.graph(bundle.task(task.name))
+    part = task_part(bundle, task.name)
+    encoder, graph = TextEncoder(bundle), part.graph
     ordered = sorted(examples, key=lambda example: len(example.text))  # batches of like lengths need little padding
     batches = [
         encoder.encode([e.text for e in ordered[start : start + 32]], graph) for start in range(0, len(ordered), 32)
     ]
-    engines = runners(bundle, task.name, threads=os.cpu_count() or 1)
-    merged = torch_runner(bundle, task.name, merged_values(bundle, task.name))
+    engines = runners(part, threads=os.cpu_count() or 1)
+    merged = torch_runner(part, merged_values(part))
     stages: dict[str, Runner] = {
         "adapter": peft_runner(task),
         "merged": merged,

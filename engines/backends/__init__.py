@@ -17,7 +17,7 @@ from lora.files.tensorfile import Array
 from lora.progress import Progress
 
 if TYPE_CHECKING:
-    from exporter.bundle.manifest import Mode
+    from exporter.bundle.records import Mode
 
 BackendName = Literal[
     "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-rtx", "tensorrt", "tensorrt-rtx"
@@ -97,8 +97,29 @@ class Session(Runs, Protocol):
     ) -> None: ...
 
 
+class Refittable(Protocol):
+    """A session whose weights can be exchanged while it is loaded."""
+
+    def refit(self, values: Mapping[str, Array]) -> None:
+        """Put ``values``, in the graph's axis order, in the place of the weights of those names."""
+        ...
+
+
+class Inspectable(Protocol):
+    """A session that tells what its engine consists of."""
+
+    def layers(self) -> str:
+        """Layers and tactics, as the library's inspector prints them."""
+        ...
+
+
 class Backend(Protocol):
     """Builds engines and loads them."""
+
+    @property
+    def has_plans(self) -> bool:
+        """Whether an engine is a plan that is built ahead; else the ONNX model is the engine."""
+        ...
 
     def version(self) -> str:
         """The version of the backend's library."""

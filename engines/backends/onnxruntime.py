@@ -47,6 +47,11 @@ class OnnxRuntime:
         self._given = dict(provider_options or {})
         require_provider(self._api, runtime)
 
+    @property
+    def has_plans(self) -> bool:
+        """The task's ONNX model is the engine."""
+        return False
+
     def version(self) -> str:
         """ONNX Runtime's version."""
         return str(self._api.__version__)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from engines.backends import Axes, AxisRange
 from engines.feeds.inputs import CACHED
-from exporter.bundle.manifest import Base, Graph, Port
+from exporter.bundle.records import Base, Graph, Port
 from lora.errors import EngineError
 
 SHAPE = re.compile(r"\d+(x\d+)*", re.ASCII)

@@ -7,20 +7,24 @@ NVIDIA/TensorRT #3628 reports that going from one task to another and back left 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import numpy as np
 
-from engines.backends import BackendName, BuildOptions, Model, Session, backend
-from engines.building.build import current_graph, dense_model, with_profiles
+from engines.backends import Backend, Model, Refittable, Session, backend
+from engines.building.build import Asked, dense_model, with_profiles
 from engines.feeds.inputs import random_inputs, sizes
-from engines.serving.load import shared_plan
-from engines.serving.task_values import changed_names, task_values
-from exporter.bundle.manifest import Bundle, Engine, Manifest, Precision, open_bundle
+from engines.serving.load import engine_here, shared_plan
+from engines.serving.task_values import task_values
+from exporter.bundle.edits import with_graph_engine
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, Engine, Manifest, Precision
 from exporter.bundle.staging import amend, staging
+from exporter.bundle.task_part import TaskPart, task_part
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 from lora.progress import Progress, unheard
@@ -42,64 +46,58 @@ class Proof:
     moved: float
 
 
-def prove(
-    path: Path,
-    task: str,
-    name: BackendName,
-    options: BuildOptions,
-    profile: Sequence[str] = (),
-    progress: Progress = unheard,
-) -> Proof:
-    """Refit the graph's shared engine to ``task``, to the base and back, compare with an engine built from the task,
-    and record it.
+def prove(path: Path, task: str, asked: Asked, role: str = MODEL, progress: Progress = unheard) -> Proof:
+    """Refit the graph's shared engine to a part of a task, to the base and back; compare with an engine built from it.
 
-    Raises EngineError when they differ, and then records nothing; NoDeviceError where there is no device.
+    What was proven is recorded. Raises EngineError when they differ, and then records nothing; NoDeviceError where
+    there is no device.
     """
-    bundle = open_bundle(path)
-    record = bundle.task(task)
-    shared = bundle.graph(record).engines.get(name)
+    part, chosen = task_part(open_bundle(path), task, role), backend(asked.backend)
+    shared = engine_here(part.graph.engines, asked.backend, chosen)
     if shared is None:
         raise EngineError(
-            f"{path}: the graph of '{task}' has no {name} engine that tasks share; build it with 'lorafuse build --mode"
-            " refit'"
+            f"{path}: the graph of '{task}' has no {asked.backend} engine that tasks share; build it with 'lorafuse"
+            " build --mode refit'"
         )
-    chosen = backend(name)
-    plan = shared_plan(bundle, task, shared, chosen, trusted=True)
+    plan = shared_plan(part, shared, chosen, trusted=True)
     with staging(path) as scratch:
         progress(f"building '{task}' to compare with")
-        options = with_profiles(bundle, task, replace(options, mode="rebuild"), profile)
-        built = chosen.build(dense_model(bundle, task, scratch), options, progress)
-        assert built.content is not None
-        (scratch / "built.plan").write_bytes(built.content)
+        built = _built(part, chosen, asked, scratch, progress)
         progress(f"comparing '{task}'")
-        with chosen.load(Model(b"", path), scratch / "built.plan") as session:
-            wanted = _outputs(bundle, task, session)
-        values = task_values(bundle, task, shared.refittable)
-        with chosen.load(Model(b"", path, values), plan) as session:
-            first = _outputs(bundle, task, session)
-            base = _switched(bundle, task, session, to_base=True)
-            again = _switched(bundle, task, session, to_base=False)
-    proof = _judged(task, bundle.manifest.base.precision, wanted, base, (first, again))
+        with chosen.load(Model(b"", path), built) as session:
+            wanted = _outputs(part, session)
+        with chosen.load(Model(b"", path, task_values(part, shared.refittable)), plan) as session:
+            first = _outputs(part, session)
+            base = _switched(part, session, to_base=True)
+            again = _switched(part, session, to_base=False)
+    proof = _judged(task, part.bundle.manifest.base.precision, wanted, base, (first, again))
     with staging(path) as stage:
-        amend(path, stage, lambda current: _proven(current, record.graph, shared, task, bundle.weights_sha256(record)))
+        amend(path, stage, lambda current: _proven(current, part, shared))
     return proof
 
 
-def _switched(bundle: Bundle, task: str, session: Session, to_base: bool) -> list[Array]:
+def _built(part: TaskPart, chosen: Backend, asked: Asked, scratch: Path, progress: Progress) -> Path:
+    """The plan of an engine that is built from the task's weights."""
+    options = replace(with_profiles(part, asked), mode="rebuild")
+    plan = chosen.build(dense_model(part, scratch), options, progress)
+    assert plan.content is not None
+    (scratch / "built.plan").write_bytes(plan.content)
+    return scratch / "built.plan"
+
+
+def _switched(part: TaskPart, session: Session, to_base: bool) -> list[Array]:
     """The outputs after what the task changes was exchanged again: for the base's values where it has them, or for the
     task's.
     """
-    values = task_values(bundle, task, changed_names(bundle, task), adapted=not to_base)
-    session.refit(values)  # type: ignore[attr-defined]  # of the backends only TensorRT's come here
-    return _outputs(bundle, task, session)
+    values = task_values(part, part.changed_names, adapted=not to_base)
+    cast("Refittable", session).refit(values)  # of the backends only TensorRT's come here
+    return _outputs(part, session)
 
 
-def _outputs(bundle: Bundle, task: str, session: Session) -> list[Array]:
-    graph = bundle.graph(bundle.task(task))
-    runs = [
-        session.run(random_inputs(graph, bundle.manifest.base.vocabulary, sizes(*shape), seed=0)) for shape in SHAPES
-    ]
-    return [outputs[graph.outputs[0].name].astype(np.float64) for outputs in runs]
+def _outputs(part: TaskPart, session: Session) -> list[Array]:
+    vocabulary = part.bundle.manifest.base.vocabulary
+    runs = [session.run(random_inputs(part.graph, vocabulary, sizes(*shape), seed=0)) for shape in SHAPES]
+    return [outputs[part.graph.outputs[0].name].astype(np.float64) for outputs in runs]
 
 
 def _judged(
@@ -125,14 +123,13 @@ def _distance(one: list[Array], other: list[Array]) -> float:
     return max(float(np.abs(left - right).max()) for left, right in zip(one, other, strict=True))
 
 
-def _proven(current: Bundle, digest: str, shared: Engine, task: str, weights_sha256: str) -> Manifest:
-    current.task(task)  # it may have gone meanwhile, and its graph or the engine with it
-    graph = current_graph(current, digest)
-    engine = graph.engines.get(shared.backend)
-    if engine is None or engine.file != shared.file:
+def _proven(current: Bundle, part: TaskPart, shared: Engine) -> Manifest:
+    current.task(part.name)  # it may have gone meanwhile, and its graph or the engine with it
+    graph = current.manifest.graphs.get(part.part.graph)
+    engine = next((one for one in graph.engines if one.file == shared.file), None) if graph is not None else None
+    if engine is None:
         raise EngineError(
             f"the {shared.backend} engine that tasks share was built again or removed meanwhile; compare it anew"
         )
-    proven = msgspec.structs.replace(engine, proven=dict(sorted({**engine.proven, task: weights_sha256}.items())))
-    graph = msgspec.structs.replace(graph, engines={**graph.engines, shared.backend: proven})
-    return msgspec.structs.replace(current.manifest, graphs={**current.manifest.graphs, digest: graph})
+    proven = dict(sorted({**engine.proven, part.name: part.weights_sha256()}.items()))
+    return with_graph_engine(current, part.part.graph, msgspec.structs.replace(engine, proven=proven))

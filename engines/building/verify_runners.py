@@ -6,30 +6,31 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from engines.backends import BackendName, Session
+from engines.backends import BackendName, Session, backend
 from engines.backends.onnxruntime import OnnxRuntime
-from engines.serving.load import load, task_model
-from exporter.bundle.manifest import Bundle
+from engines.serving.load import load_part, task_model
+from exporter.bundle.task_part import TaskPart
 from lora.files.tensorfile import Array
 
 Runner = Callable[[Mapping[str, Array]], Array]
 
 
-def runners(bundle: Bundle, task: str, threads: int = 1) -> dict[str, Runner]:
+def runners(part: TaskPart, threads: int = 1) -> dict[str, Runner]:
     """A runner per stage, each opening its session at the first call: an engine this machine can't run raises there."""
-    output = bundle.graph(bundle.task(task)).outputs[0].name
-    names = sorted({"onnxruntime", *bundle.task(task).engines})
-    engines = {
-        f"engine {name}": functools.partial(load, bundle.path, task, cast("BackendName", name), threads)
-        for name in names
-    }
-    plain = functools.partial(_unoptimized, bundle, task, threads)
+    output = part.graph.outputs[0].name
+    names = sorted({"onnxruntime", *(engine.backend for engine in part.part.engines)})
+    engines = {f"engine {name}": functools.partial(_engine, part, cast("BackendName", name), threads) for name in names}
+    plain = functools.partial(_unoptimized, part, threads)
     return {name: _lazily(open_session, output) for name, open_session in {"ONNX graph": plain, **engines}.items()}
 
 
-def _unoptimized(bundle: Bundle, task: str, threads: int) -> Session:
+def _engine(part: TaskPart, name: BackendName, threads: int) -> Session:
+    return load_part(part, name, backend(name, threads))
+
+
+def _unoptimized(part: TaskPart, threads: int) -> Session:
     """The graph node by node, as exported: what ONNX Runtime's own optimizations do is then seen apart."""
-    return OnnxRuntime(threads, optimize=False).load(task_model(bundle, task), None)
+    return OnnxRuntime(threads, optimize=False).load(task_model(part), None)
 
 
 def _lazily(open_session: Callable[[], Session], output: str) -> Runner:

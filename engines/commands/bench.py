@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from engines.commands.options import AsJson, Backend, BackendChoice, BundlePath, TaskName, Threads
+from engines.commands.options import MODEL, AsJson, Backend, BackendChoice, BundlePath, PartName, TaskName, Threads
 from engines.commands.terminal import DONE, NO, UNDECIDED, print_json, print_table, progress
 from lora.errors import LorafuseError
 
@@ -70,6 +70,7 @@ def bench() -> None:
 def verdict(
     bundle: BundlePath,
     task: TaskName,
+    part: PartName = MODEL,
     batch: Batches = [1],  # noqa: B006  # typer copies it
     length: Lengths = [128],  # noqa: B006
     tokens: Annotated[
@@ -111,15 +112,15 @@ def verdict(
     from engines.latency.run import run
     from engines.latency.workloads import loads_of
     from exporter.bundle.manifest import open_bundle
+    from exporter.bundle.task_part import task_part
 
     check_writable([path for path in (out, html, markdown) if path is not None])
-    opened = open_bundle(bundle)
-    loads = loads_of(opened, task, batch, length, tokens)
+    bench_part = task_part(open_bundle(bundle), task, part)
+    loads = loads_of(bench_part, batch, length, tokens)
     with progress(f"bench {task}") as step, opener(backend.value, threads, step) as engines:
-        arms = arms_of(opened, task, engines, [choice.value for choice in extra or []], _brought(arm or []))
-        for report in run(
-            opened, task, arms, loads, Protocol(seconds, margin if gate is None else gate, seed), threads, step
-        ):
+        arms = arms_of(bench_part, engines, [choice.value for choice in extra or []], _brought(arm or []))
+        protocol = Protocol(seconds, margin if gate is None else gate, seed)
+        for report in run(bench_part, arms, loads, protocol, threads, step):
             _write(report, out, html, markdown)
     if as_json:
         print_json(_without_samples(report))
@@ -220,6 +221,7 @@ def _without_samples(report: Report) -> dict[str, Any]:
 def serve(
     bundle: BundlePath,
     task: TaskName,
+    part: PartName = MODEL,
     rate: Annotated[
         float | None,
         typer.Option(min=0.001, max=1e6, help="Open loop: requests a second, by chance. Default: closed loop."),
@@ -247,12 +249,13 @@ def serve(
     from engines.latency.verdict import BASE, MERGED
     from engines.latency.workloads import loads_of, work_of
     from exporter.bundle.manifest import open_bundle
+    from exporter.bundle.task_part import task_part
 
-    opened = open_bundle(bundle)
-    load = loads_of(opened, task, [batch], [length])[0]
-    work = work_of(opened.graph(opened.task(task)), opened.manifest.base.vocabulary, load)
+    served = task_part(open_bundle(bundle), task, part)
+    load = loads_of(served, [batch], [length])[0]
+    work = work_of(served.graph, served.bundle.manifest.base.vocabulary, load)
     with progress(f"serve {task}") as step:
-        arms = [arm for arm in arms_of(opened, task, OnnxRuntimeOpener(threads)).arms if arm.name in (BASE, MERGED)]
+        arms = [arm for arm in arms_of(served, OnnxRuntimeOpener(threads)).arms if arm.name in (BASE, MERGED)]
         services = put_under_traffic(arms, work, Traffic(rate, workers, seconds, seed), step)
     if as_json:
         print_json([asdict(service) for service in services])

@@ -10,12 +10,10 @@ import typer
 from engines.commands.options import AsJson, Backend, BackendChoice, BundlePath
 from engines.commands.terminal import print_json, print_table, progress
 from lora.errors import BundleError, EngineError
-from lora.progress import Progress
 from lora.wording import megabytes
 
 if TYPE_CHECKING:
-    from engines.backends import BuildOptions
-    from engines.building.build import Built
+    from engines.building.build import Asked, Built
     from exporter.bundle.manifest import Bundle
 
 
@@ -75,6 +73,7 @@ def build(
     Example: lorafuse build bundle --backend tensorrt-rtx --compute-capability 8.9
     """
     from engines.backends import BuildOptions
+    from engines.building.build import Asked
     from exporter.bundle.manifest import open_bundle
 
     opened = open_bundle(bundle)
@@ -85,13 +84,14 @@ def build(
         optimization_level=optimization_level,
         mode=mode.value,
     )
+    asked = Asked(backend.value, options, profile or ())
     tasks = task or sorted(opened.manifest.tasks)
     if price:
         if not tasks:
             raise BundleError(f"{bundle}: holds no task whose engine could be priced; add one with 'lorafuse export'")
-        _price(opened, tasks[0], backend, options, profile or [], as_json)
+        _price(opened, tasks[0], asked, as_json)
         return
-    built = _built(opened, tasks, backend, options, unadapted, profile or [])
+    built = _built(opened, tasks, asked, unadapted)
     if as_json:
         print_json([_record(one) for one in built])
         return
@@ -110,48 +110,42 @@ def build(
     print_table("engines", ("task", "backend", "target", "mode", "plan", "built in", "peak memory"), rows)
 
 
-def _built(
-    opened: Bundle, tasks: list[str], backend: BackendChoice, options: BuildOptions, unadapted: bool, profile: list[str]
-) -> list[Built]:
+def _built(opened: Bundle, tasks: list[str], asked: Asked, unadapted: bool) -> list[Built]:
+    """Build, or prove, what is asked for: every part of every task, after the graphs that they share."""
+    from engines.backends import backend
     from engines.building.build import build as build_engine
     from engines.building.build import build_unadapted
+    from engines.building.refit_proof import prove
+    from exporter.bundle.task_part import task_parts
 
-    graphs = {opened.task(name).graph: name for name in reversed(tasks)}  # the first task of each graph
-    shared = options.mode != "rebuild"
-    if shared and not backend.startswith("tensorrt"):
+    parts = [part for name in tasks for part in task_parts(opened, name)]
+    graphs = {part.part.graph: part for part in reversed(parts)}  # the first task of each graph
+    shared = asked.options.mode != "rebuild"
+    if shared and not backend(asked.backend).has_plans:
         raise EngineError(
-            f"--mode {options.mode}: {backend.value} exchanges no weights in an engine; choose a TensorRT backend"
+            f"--mode {asked.options.mode}: {asked.backend} exchanges no weights in an engine; choose a TensorRT backend"
         )
     built = []
-    for name in graphs.values() if shared or unadapted else ():
+    for part in graphs.values() if shared or unadapted else ():
         with progress("build the unadapted base") as step:
-            built.append(build_unadapted(opened.path, name, backend.value, options, profile, step))
-    for name in tasks:
-        with progress(f"{'prove' if shared else 'build'} {name}") as step:
+            built.append(build_unadapted(opened.path, part.name, asked, part.role, step))
+    for part in parts:
+        with progress(f"{'prove' if shared else 'build'} {part.name}") as step:
             if shared:
-                _prove(opened, name, backend, options, profile, step)
+                prove(opened.path, part.name, asked, part.role, step)
             else:
-                built.append(build_engine(opened.path, name, backend.value, options, profile, step))
+                built.append(build_engine(opened.path, part.name, asked, part.role, step))
     return built
 
 
-def _prove(
-    opened: Bundle, name: str, backend: BackendChoice, options: BuildOptions, profile: list[str], step: Progress
-) -> None:
-    from engines.building.refit_proof import prove
-
-    prove(opened.path, name, backend.value, options, profile, step)
-
-
-def _price(
-    opened: Bundle, task: str, backend: BackendChoice, options: BuildOptions, profile: list[str], as_json: bool
-) -> None:
+def _price(opened: Bundle, task: str, asked: Asked, as_json: bool) -> None:
     from dataclasses import asdict
 
     from engines.latency.price import price
+    from exporter.bundle.task_part import task_part
 
     with progress(f"price {task}") as step:
-        priced = price(opened, task, backend.value, options, profile, step)
+        priced = price(task_part(opened, task), asked, step)
     if as_json:
         print_json([asdict(one) for one in priced])
         return
@@ -164,7 +158,7 @@ def _price(
         )
         for one in priced
     ]
-    print_table(f"{task} on {backend.value}", ("way", "time", "plan", "note"), rows)
+    print_table(f"{task} on {asked.backend}", ("way", "time", "plan", "note"), rows)
 
 
 def _record(one: Built) -> dict[str, object]:

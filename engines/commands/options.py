@@ -33,6 +33,10 @@ class BackendChoice(StrEnum):
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
 TaskName = Annotated[str, typer.Option(help="Name of the task in the bundle.")]
+MODEL = "model"  # as exporter.bundle.records has it, which takes msgspec to import
+PartName = Annotated[
+    str, typer.Option(help="Part of the task's model, such as text or vision; a model of one part needs no word.")
+]
 Backend = Annotated[BackendChoice, typer.Option(help="What runs the engine.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads. One is steadiest on a machine that does other work.")]
 

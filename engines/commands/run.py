@@ -12,7 +12,7 @@ from engines.commands.terminal import print_json
 from lora.errors import LorafuseError
 
 if TYPE_CHECKING:
-    from exporter.bundle.manifest import Bundle
+    from exporter.bundle.task_part import TaskPart
 
 
 def run(
@@ -30,14 +30,15 @@ def run(
     Example: lorafuse run bundle --task movies --text "A moving, funny film."
     """
     from exporter.bundle.manifest import open_bundle
+    from exporter.bundle.task_part import task_part
     from lora.wording import printable
 
     _check_utf8(text)
-    opened = open_bundle(bundle)
-    if opened.graph(opened.task(task)).head.task_type == "SEQ_CLS":
-        results = _classified(opened, task, text, backend)
+    part = task_part(open_bundle(bundle), task)
+    if part.graph.head.task_type == "SEQ_CLS":
+        results = _classified(part, text, backend)
     else:
-        results = _completed(opened, task, text, tokens, backend)
+        results = _completed(part, text, tokens, backend)
     if as_json:
         print_json([{"text": line, **result} for line, result in zip(text, results, strict=True)])
         return
@@ -48,31 +49,27 @@ def run(
             print(f"{printable(result['label']) + ' ' if result['label'] else ''}{result['score']:.4f}  {line}")
 
 
-def _classified(opened: Bundle, task: str, text: list[str], backend: BackendChoice) -> list[dict[str, Any]]:
+def _classified(part: TaskPart, text: list[str], backend: BackendChoice) -> list[dict[str, Any]]:
     from engines.feeds.text import TextEncoder, predictions
     from engines.serving.load import load
 
-    graph = opened.graph(opened.task(task))
-    inputs = TextEncoder(opened).encode(text, graph)
-    with load(opened.path, task, backend.value) as session:
-        return [
-            asdict(result)
-            for result in predictions(session.run(inputs)[graph.outputs[0].name], opened.task(task).labels)
-        ]
+    inputs = TextEncoder(part.bundle).encode(text, part.graph)
+    with load(part.bundle.path, part.name, backend.value) as session:
+        logits = session.run(inputs)[part.graph.outputs[0].name]
+    return [asdict(result) for result in predictions(logits, part.task.labels)]
 
 
-def _completed(opened: Bundle, task: str, text: list[str], tokens: int, backend: BackendChoice) -> list[dict[str, Any]]:
+def _completed(part: TaskPart, text: list[str], tokens: int, backend: BackendChoice) -> list[dict[str, Any]]:
     from engines.feeds.generate import check_generates, greedy, stop_tokens
     from engines.feeds.text import TextEncoder
     from engines.serving.load import load
 
-    graph = opened.graph(opened.task(task))
-    check_generates(opened, task, graph)
-    encoder, stop = TextEncoder(opened), stop_tokens(opened)
-    inputs = encoder.encode_prompts(text, graph)
+    check_generates(part)
+    encoder, stop = TextEncoder(part.bundle), stop_tokens(part.bundle)
+    inputs = encoder.encode_prompts(text, part.graph)
     ids, mask = inputs["input_ids"], inputs["attention_mask"].astype(bool)
-    room = opened.manifest.base.longest - ids.shape[1]
-    with load(opened.path, task, backend.value) as session:
+    room = part.bundle.manifest.base.longest - ids.shape[1]
+    with load(part.bundle.path, part.name, backend.value) as session:
         generated = greedy(session, inputs, min(tokens, room), stop)
     return [
         {"completion": encoder.completion(prompt[counted].tolist(), row), "tokens": row}

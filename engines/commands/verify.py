@@ -14,7 +14,8 @@ from engines.commands.terminal import DONE, NO, print_json, print_table, progres
 from lora.errors import LorafuseError
 
 if TYPE_CHECKING:
-    from exporter.bundle.manifest import Bundle
+    from exporter.bundle.task_part import TaskPart
+    from exporter.proof.verify import Stage, Verification
 
 
 def verify(
@@ -42,74 +43,76 @@ def verify(
 
     Example: lorafuse verify bundle --task movies --texts reviews.txt
     """
-    if engine is not None:
-        _compare_engines(bundle, task, engine, as_json)
-        return
-    from engines.building.verify_runners import runners
     from exporter.bundle.manifest import open_bundle
-    from exporter.proof.verify import verify as verify_task
+    from exporter.bundle.task_part import task_parts
 
-    opened = open_bundle(bundle)
-    batches = _verification_inputs(opened, task, texts)
-    with progress(f"verify {task}"):
-        result = verify_task(opened, task, batches, runners(opened, task))
+    parts = task_parts(open_bundle(bundle), task)
+    if engine is not None:
+        passed = [_compare_engines(part, engine, as_json) for part in parts]
+    else:
+        passed = [_verified(part, texts, as_json) for part in parts]
+    raise typer.Exit(DONE if all(passed) else NO)
+
+
+def _verified(part: TaskPart, texts: Path | None, as_json: bool) -> bool:
+    from engines.building.verify_runners import runners
+    from exporter.proof.verify import verify as verify_part
+
+    batches = _verification_inputs(part, texts)
+    with progress(f"verify {part.name}"):
+        result = verify_part(part, batches, runners(part))
     if as_json:
         print_json({**asdict(result), "passed": result.passed})
     else:
-        marks = {True: "within", False: "OUT OF BOUND", None: "not run"}
-        rows = [
-            (
-                (stage.name, "-", "-", stage.note, marks[None])
-                if stage.passed is None
-                else (
-                    stage.name,
-                    f"{stage.difference:.2e}",
-                    f"{stage.bound:.2e}",
-                    f"{stage.where}: {stage.got:.9g}, want {stage.want:.9g}",
-                    marks[stage.passed],
-                )
-            )
-            for stage in result.stages
-        ]
-        print_table(
-            f"{task}: {result.inputs} inputs against the formula in float64",
-            ("stage", "worst difference", "bound", "worst element", "result"),
-            rows,
-        )
-        same = "equal" if result.digest == result.unadapted_digest else "NOT EQUAL"
-        print(f"graph digest {result.digest[:16]}…, merged and unadapted: {same}")
-        print(
-            f"the task moves the base's outputs by {result.moved:.3g}"
-            + ("" if result.differs else f": NOT DIFFERENT from the base (least: {result.least_move:.1e})")
-        )
-    raise typer.Exit(DONE if result.passed else NO)
+        _print_verification(result)
+    return result.passed
 
 
-def _compare_engines(bundle: Path, task: str, engine: BackendChoice, as_json: bool) -> None:
+def _print_verification(result: Verification) -> None:
+    columns = ("stage", "worst difference", "bound", "worst element", "result")
+    title = f"{result.task}: {result.inputs} inputs against the formula in float64"
+    print_table(title, columns, [_stage_row(stage) for stage in result.stages])
+    same = "equal" if result.digest == result.unadapted_digest else "NOT EQUAL"
+    print(f"graph digest {result.digest[:16]}…, merged and unadapted: {same}")
+    moved = f"the task moves the base's outputs by {result.moved:.3g}"
+    print(moved if result.differs else f"{moved}: NOT DIFFERENT from the base (least: {result.least_move:.1e})")
+
+
+def _stage_row(stage: Stage) -> tuple[str, ...]:
+    if stage.passed is None:
+        return stage.name, "-", "-", stage.note, "not run"
+    element = f"{stage.where}: {stage.got:.9g}, want {stage.want:.9g}"
+    word = "within" if stage.passed else "OUT OF BOUND"
+    return stage.name, f"{stage.difference:.2e}", f"{stage.bound:.2e}", element, word
+
+
+def _compare_engines(part: TaskPart, engine: BackendChoice, as_json: bool) -> bool:
     from engines.building.layer_diff import compared
-    from exporter.bundle.manifest import open_bundle
 
-    with progress(f"compare {task}"):
-        found = compared(open_bundle(bundle), task, engine.value)
+    with progress(f"compare {part.name}"):
+        found = compared(part, engine.value)
     if as_json:
         print_json({**asdict(found), "equal": found.equal})
     else:
         rows = [(str(one.position), one.field, one.one, one.other) for one in found.differences]
         if rows:
             print_table(
-                f"{task}: where its engine and the unadapted base's differ", ("layer", "field", "task", "base"), rows
+                f"{part.name}: where its engine and the unadapted base's differ",
+                ("layer", "field", "task", "base"),
+                rows,
             )
         same = "the same" if found.equal else "NOT THE SAME"
         print(f"{found.layers} layers, plans of {found.size} and {found.base_size} bytes: {same} but for weights")
-    raise typer.Exit(DONE if found.equal else NO)
+    return found.equal
 
 
-def _verification_inputs(opened: Bundle, task: str, texts: Path | None) -> list[dict[str, Any]]:
+def _verification_inputs(part: TaskPart, texts: Path | None) -> list[dict[str, Any]]:
     """Batches of real text where the task takes text and the base came with its tokenizer, else random inputs."""
     from engines.feeds.inputs import random_inputs, sizes, takes_tokens
-    from engines.feeds.text import PADDED_LEFT, TextEncoder
+    from engines.feeds.text import TextEncoder
+    from exporter.bundle.task_types import task_type
 
-    graph, base = opened.graph(opened.task(task)), opened.manifest.base
+    graph, base = part.graph, part.bundle.manifest.base
     has_tokenizer = any(file.path == "base/tokenizer.json" for file in base.files)
     if texts is None and not (takes_tokens(graph) and has_tokenizer):
         return [
@@ -117,14 +120,14 @@ def _verification_inputs(opened: Bundle, task: str, texts: Path | None) -> list[
             for batch, length in ((1, 1), (3, 7), (2, 16))
         ]
     if not takes_tokens(graph):
-        raise LorafuseError(f"{texts}: task '{task}' takes no text; leave --texts out")
+        raise LorafuseError(f"{texts}: task '{part.name}' takes no text; leave --texts out")
     lines = [line for line in _read_texts(texts) if line.strip()]
     if not lines:
         raise LorafuseError(f"{texts}: holds no text; expected a text a line")
-    encoder = TextEncoder(opened)
+    encoder = TextEncoder(part.bundle)
     # Padding on the left has rows that see nothing, which transformers' softmax in float32 can't compute in a float64
     # oracle.
-    batch = 1 if graph.head.task_type in PADDED_LEFT else 8
+    batch = 1 if task_type(graph.head.task_type).decodes else 8
     return [encoder.encode(lines[start : start + batch], graph) for start in range(0, len(lines), batch)]
 
 

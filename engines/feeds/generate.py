@@ -10,7 +10,8 @@ import numpy as np
 from engines.backends import Runs
 from engines.feeds.inputs import CACHED
 from engines.feeds.text import base_config
-from exporter.bundle.manifest import Bundle, Graph
+from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import TaskPart
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 
@@ -40,10 +41,11 @@ def greedy(
     return rows
 
 
-def check_generates(bundle: Bundle, task: str, graph: Graph) -> None:
+def check_generates(part: TaskPart) -> None:
     """Raises EngineError unless the task is a language model with a cache."""
-    if not any(port.name.startswith(CACHED) for port in graph.inputs):
-        raise EngineError(f"{bundle.path}: task '{task}' is of type {graph.head.task_type} and generates no tokens")
+    if not any(port.name.startswith(CACHED) for port in part.graph.inputs):
+        kind = part.graph.head.task_type
+        raise EngineError(f"{part.bundle.path}: task '{part.name}' is of type {kind} and generates no tokens")
 
 
 def stop_tokens(bundle: Bundle) -> frozenset[int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from exporter.bundle.manifest import Graph, Port
+from exporter.bundle.records import Graph, Port
 from lora.files.tensorfile import Array, numpy_dtype
 
 CACHED = "past_key_values."  # what the inputs of a decoder's cache are called

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.feeds.inputs import empty_cache
-from exporter.bundle.manifest import Bundle, Graph
+from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import Graph
+from exporter.bundle.task_types import task_type
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import Array
 
 if TYPE_CHECKING:  # a program that brings its own token ids needs no tokenizer
     from tokenizers import Tokenizer
-
-# Task types whose rows must end with their last token: the next one is predicted from there.
-PADDED_LEFT = ("CAUSAL_LM",)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class TextEncoder:
         A text is cut to what the base takes. Raises EngineError for one that has no tokens.
         """
         self._tokenizer.enable_truncation(max_length=self._longest)
-        self._pad(left=graph.head.task_type in PADDED_LEFT)
+        self._pad(left=task_type(graph.head.task_type).decodes)
         encodings = self._tokenizer.encode_batch(list(texts))
         for text, encoding in zip(texts, encodings, strict=True):
             if not any(encoding.attention_mask):

@@ -11,9 +11,9 @@ from typing import Protocol, Self
 
 from engines.backends import BackendName, BuildOptions, Model, Session, backend
 from engines.backends.tensorrt.target import AMPERE_PLUS, PORTABLE
-from engines.building.build import with_profiles
-from engines.serving.load import build_command, plan_of, task_model
-from exporter.bundle.manifest import Bundle
+from engines.building.build import Asked, with_profiles
+from engines.serving.load import build_command, engine_here, plan_of, task_model
+from exporter.bundle.task_part import TaskPart
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 from lora.progress import Progress, unheard
@@ -34,14 +34,14 @@ class Opener(Protocol):
         """The backend and its version."""
         ...
 
-    def pair(self, bundle: Bundle, task: str, unadapted: Model) -> tuple[Open, Open]:
+    def pair(self, part: TaskPart, unadapted: Model) -> tuple[Open, Open]:
         """The unadapted engine and the task's.
 
         Raises EngineError where one can't be had, NoDeviceError without a device.
         """
         ...
 
-    def graph(self, bundle: Bundle, task: str, name: str, model: Model, fed: Mapping[str, Array]) -> Open:
+    def graph(self, part: TaskPart, name: str, model: Model, fed: Mapping[str, Array]) -> Open:
         """An engine of another graph with the task's inputs, given ``fed`` at every run.
 
         Raises EngineError where there can be none.
@@ -56,7 +56,7 @@ class Opener(Protocol):
 @contextmanager
 def opener(name: BackendName, threads: int, progress: Progress = unheard) -> Iterator[Opener]:
     """The backend's. What it builds is gone at the end."""
-    if not name.startswith("tensorrt"):
+    if not backend(name, threads).has_plans:
         yield OnnxRuntimeOpener(threads, name)
         return
     with TemporaryDirectory(prefix="lorafuse-bench-") as folder:
@@ -76,12 +76,12 @@ class OnnxRuntimeOpener:
         """The backend and its version."""
         return f"{self._name} {self._backend.version()}"
 
-    def pair(self, bundle: Bundle, task: str, unadapted: Model) -> tuple[Open, Open]:
+    def pair(self, part: TaskPart, unadapted: Model) -> tuple[Open, Open]:
         """The unadapted graph, and the task's model."""
-        merged = task_model(bundle, task)
+        merged = task_model(part)
         return lambda: self._backend.load(unadapted, None), lambda: self._backend.load(merged, None)
 
-    def graph(self, bundle: Bundle, task: str, name: str, model: Model, fed: Mapping[str, Array]) -> Open:
+    def graph(self, part: TaskPart, name: str, model: Model, fed: Mapping[str, Array]) -> Open:
         """The graph, fed what it is to be fed."""
         return lambda: _Fed(self._backend.load(model, None), fed) if fed else self._backend.load(model, None)
 
@@ -105,26 +105,29 @@ class PlanOpener:
         """The backend and its version."""
         return f"{self._name} {self._backend.version()}"
 
-    def pair(self, bundle: Bundle, task: str, unadapted: Model) -> tuple[Open, Open]:
+    def pair(self, part: TaskPart, unadapted: Model) -> tuple[Open, Open]:
         """The plans that the bundle records, which must be there."""
-        base, own = (plan_of(bundle, task, self._name, self._backend, adapted) for adapted in (False, True))
-        mode = bundle.graph(bundle.task(task)).engines[self._name].mode
-        if mode != "rebuild":
+        base, own = (plan_of(part, self._name, self._backend, adapted) for adapted in (False, True))
+        engine = engine_here(part.graph.engines, self._name, self._backend)
+        assert engine is not None
+        if engine.mode != "rebuild":
             raise EngineError(
-                f"{bundle.path}: the base's {self._name} engine is of mode {mode}, and the tasks' are not; "
-                f"build it as they were, with '{build_command(bundle, task, self._name)} --unadapted'"
+                f"{part.bundle.path}: the base's {self._name} engine is of mode {engine.mode}, and the tasks' are not; "
+                f"build it as they were, with '{build_command(part, self._name)} --unadapted'"
             )
         return self.engine(base), self.engine(own)
 
-    def graph(self, bundle: Bundle, task: str, name: str, model: Model, fed: Mapping[str, Array]) -> Open:
+    def graph(self, part: TaskPart, name: str, model: Model, fed: Mapping[str, Array]) -> Open:
         """A plan, built now."""
         if fed:
             raise EngineError(
                 "a plan's weights are exchanged by refitting; 'lorafuse build --price' measures what that costs"
             )
-        target = bundle.task(task).engines[self._name].target
+        engine = engine_here(part.part.engines, self._name, self._backend)
+        assert engine is not None
         self._progress(f"building the plan of '{name}'")
-        plan = self._backend.build(model, with_profiles(bundle, task, self._for_target(target), ()), self._progress)
+        options = with_profiles(part, Asked(self._name, self._for_target(engine.target)))
+        plan = self._backend.build(model, options, self._progress)
         assert plan.content is not None
         path = self._folder / f"{len(list(self._folder.iterdir()))}.plan"
         path.write_bytes(plan.content)

@@ -11,7 +11,9 @@ from engines.backends import Model
 from engines.latency.arm_engines import Open, Opener
 from engines.latency.harness import Arm
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
-from exporter.bundle.manifest import Bundle
+from engines.serving.resident import exchanged_names, resident_model
+from engines.serving.task_values import task_values
+from exporter.bundle.task_part import TaskPart
 from lora.errors import EngineError, ExportError
 from lora.files.tensorfile import Array
 
@@ -39,7 +41,7 @@ class Arms:
 
 
 def arms_of(
-    bundle: Bundle, task: str, opener: Opener, extras: Sequence[Extra] = (), brought: Mapping[str, Path] | None = None
+    part: TaskPart, opener: Opener, extras: Sequence[Extra] = (), brought: Mapping[str, Path] | None = None
 ) -> Arms:
     """Base, base again, merged and unmerged as ``opener`` opens them, then ``extras``, then the files that were
     ``brought``, by name.
@@ -49,47 +51,51 @@ def arms_of(
     where the backend needs a device.
     """
     from exporter.graph.digest import graph_digest
+    from exporter.graph.external_data import parsed
     from exporter.variants.graphs import unadapted_graph
 
     for name in RESERVED & (brought or {}).keys():
         raise EngineError(f"arm '{name}': the name of an arm that is there anyway; choose another")
-    unadapted = unadapted_graph(bundle, task)
-    base, merged = opener.pair(bundle, task, Model(unadapted.SerializeToString(), bundle.path))
+    unadapted = unadapted_graph(part)
+    base, merged = opener.pair(part, Model(unadapted.SerializeToString(), part.bundle.path))
     arms = [Arm(BASE, base), Arm(AGAIN, base), Arm(MERGED, merged)]
-    digests = dict.fromkeys((BASE, AGAIN), graph_digest(unadapted)) | {MERGED: bundle.task(task).graph}
+    digests = dict.fromkeys((BASE, AGAIN), graph_digest(unadapted)) | {MERGED: part.part.graph}
     left_out: dict[str, str] = {}
     for name in (UNMERGED, *extras):
         try:
-            graph, fed = _form(bundle, task, name)
-            arms.append(Arm(name, opener.graph(bundle, task, name, Model(graph.SerializeToString(), bundle.path), fed)))
-            digests[name] = graph_digest(graph)
+            model, fed = _form(part, name)
+            arms.append(Arm(name, opener.graph(part, name, model, fed)))
+            digests[name] = graph_digest(parsed(model.graph))
         except (ExportError, EngineError) as error:
             left_out[name] = str(error)
     for name, path in (brought or {}).items():
-        open_session, digest = _brought(bundle, task, name, path, unadapted, opener)
+        open_session, digest = _brought(part, name, path, unadapted, opener)
         arms.append(Arm(name, open_session))
         digests |= {name: digest} if digest else {}
     return Arms(tuple(arms), digests, left_out, opener.described, opener.on_device)
 
 
-def _form(bundle: Bundle, task: str, name: str) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
-    """The graph of another form of the task, whose data are the bundle's, and the tensors that every run is fed."""
-    match name:
-        case "resident":
-            from exporter.variants.graphs import switchable_graph
+def _form(part: TaskPart, name: str) -> tuple[Model, Mapping[str, Array]]:
+    """The model of another form of the task, whose data are the bundle's, and the tensors that every run is fed."""
+    if name == "resident":  # the very model, and the very tensors, that a resident runtime runs
+        exchanged = exchanged_names(part.bundle, part.part.graph)
+        return resident_model(part, exchanged), task_values(part, exchanged)
+    return Model(_other_graph(part, name).SerializeToString(), part.bundle.path), {}
 
-            return switchable_graph(bundle, task)
+
+def _other_graph(part: TaskPart, name: str) -> onnx.ModelProto:
+    match name:
         case "adapter-h" | "adapter-l":
             from exporter.variants.bottleneck_graphs import bottleneck_graph
 
-            return bottleneck_graph(bundle, task, name), {}
+            return bottleneck_graph(part, name)
     from exporter.variants.graphs import unmerged_graph
 
-    return unmerged_graph(bundle, task), {}
+    return unmerged_graph(part)
 
 
 def _brought(
-    bundle: Bundle, task: str, name: str, path: Path, unadapted: onnx.ModelProto, opener: Opener
+    part: TaskPart, name: str, path: Path, unadapted: onnx.ModelProto, opener: Opener
 ) -> tuple[Open, str | None]:
     """A file's engine, after a session of it was opened: what is wrong with it is said before a long run, not in it.
 
@@ -101,9 +107,8 @@ def _brought(
     try:
         if graph is None:
             return _opens(opener.engine(path)), None
-        return _opens(
-            opener.graph(bundle, task, name, Model(graph.SerializeToString(), path.parent), {})
-        ), graph_digest(graph)
+        model = Model(graph.SerializeToString(), path.parent)
+        return _opens(opener.graph(part, name, model, {})), graph_digest(graph)
     except (EngineError, OSError) as error:
         raise EngineError(f"{path}: {error}") from error
 

@@ -5,19 +5,19 @@ time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from engines.backends import Backend, BackendName, BuildOptions, Model, Plan, Session, backend
-from engines.building.build import dense_model, with_profiles
+from engines.backends import Backend, BuildOptions, Model, Plan, Session, backend
+from engines.building.build import Asked, dense_model, with_profiles
 from engines.feeds.inputs import random_inputs, sizes
 from engines.latency.harness import Arm, take_set
-from engines.serving.task_values import changed_names, task_values
-from exporter.bundle.manifest import Bundle
+from engines.serving.task_values import task_values
 from exporter.bundle.staging import staging
+from exporter.bundle.task_part import TaskPart
 from lora.errors import EngineError
 from lora.progress import Progress, unheard
 
@@ -34,21 +34,14 @@ class Priced:
     note: str | None = None
 
 
-def price(
-    bundle: Bundle,
-    task: str,
-    name: BackendName,
-    options: BuildOptions,
-    profile: Sequence[str] = (),
-    progress: Progress = unheard,
-) -> list[Priced]:
+def price(part: TaskPart, asked: Asked, progress: Progress = unheard) -> list[Priced]:
     """Measure every way once, the bundle untouched. A way that fails here is listed with the reason.
 
     Raises BundleError where nothing can be written beside the bundle: plans that are measured lie there for a while.
     """
-    chosen, options = backend(name), with_profiles(bundle, task, options, profile)
-    with staging(bundle.path) as folder:
-        work = _Work(bundle, task, chosen, replace(options, mode="rebuild"), folder, progress)
+    options = replace(with_profiles(part, asked), mode="rebuild")
+    with staging(part.bundle.path) as folder:
+        work = _Work(part, backend(asked.backend), options, folder, progress)
         return [_tried(way, measured) for way, measured in work.ways().items()]
 
 
@@ -56,8 +49,7 @@ def price(
 class _Work:
     """The ways, which build on each other's plans."""
 
-    bundle: Bundle
-    task: str
+    part: TaskPart
     chosen: Backend
     options: BuildOptions
     folder: Path
@@ -81,7 +73,7 @@ class _Work:
 
     def _built(self, plan: str, options: BuildOptions) -> Priced:
         self.progress(f"building: {plan}")
-        model = dense_model(self.bundle, self.task, self._fresh(f"model-{plan}"))
+        model = dense_model(self.part, self._fresh(f"model-{plan}"))
         started = time.perf_counter()
         built = self.chosen.build(model, options, self.progress)
         return self._kept(plan, built, time.perf_counter() - started)
@@ -104,8 +96,8 @@ class _Work:
         self.progress(f"refitting: {plan}")
         path = self._plan(plan)
         started = time.perf_counter()
-        values = task_values(self.bundle, self.task, names)
-        with self.chosen.load(Model(b"", self.bundle.path, values), path):
+        values = task_values(self.part, names)
+        with self.chosen.load(Model(b"", self.part.bundle.path, values), path):
             return Priced(
                 "",
                 time.perf_counter() - started,
@@ -115,9 +107,7 @@ class _Work:
 
     def _tax(self) -> Priced:
         plans = {"rebuild": self._plan("rebuild"), "refit": self._plan("refit")}
-        inputs = random_inputs(
-            self.bundle.graph(self.bundle.task(self.task)), self.bundle.manifest.base.vocabulary, sizes(*LOAD), seed=0
-        )
+        inputs = random_inputs(self.part.graph, self.part.bundle.manifest.base.vocabulary, sizes(*LOAD), seed=0)
         arms = [Arm(name, lambda path=path: self._opened(path)) for name, path in plans.items()]  # type: ignore[misc]  # mypy sees no default in a lambda
         times = np.array(
             take_set(arms, lambda session: session.run(inputs), ROUNDS, np.random.default_rng(0)).times, float
@@ -132,7 +122,7 @@ class _Work:
         )
 
     def _opened(self, plan: Path) -> Session:
-        return self.chosen.load(Model(b"", self.bundle.path), plan)
+        return self.chosen.load(Model(b"", self.part.bundle.path), plan)
 
     def _plan(self, plan: str) -> Path:
         path = self.folder / f"{plan}.plan"
@@ -145,10 +135,10 @@ class _Work:
         return self.folder / name
 
     def _changed(self) -> tuple[str, ...]:
-        return tuple(sorted(changed_names(self.bundle, self.task)))
+        return tuple(sorted(self.part.changed_names))
 
     def _all(self) -> tuple[str, ...]:
-        return tuple(sorted(self.bundle.graph(self.bundle.task(self.task)).weights))
+        return tuple(sorted(self.part.graph.weights))
 
 
 def _tried(way: str, measured: Callable[[], Priced]) -> Priced:

@@ -11,13 +11,12 @@ from engines.latency.environment import machine, state
 from engines.latency.harness import Protocol, measure
 from engines.latency.report import Load, Point, Report, overall
 from engines.latency.workloads import inputs_of, work_of
-from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import TaskPart
 from lora.progress import Progress, unheard
 
 
 def run(
-    bundle: Bundle,
-    task: str,
+    part: TaskPart,
     arms: Arms,
     loads: Sequence[Load],
     protocol: Protocol,
@@ -27,8 +26,7 @@ def run(
     """Measure the arms at each of ``loads``, each with the whole budget; after each, the report so far: what follows
     may fail, or take too long.
     """
-    record, base = bundle.task(task), bundle.manifest.base
-    graph = bundle.graph(record)
+    base, graph = part.bundle.manifest.base, part.graph
     before = state()
     points: tuple[Point, ...] = ()
     for load in loads:
@@ -37,7 +35,7 @@ def run(
             point = replace(point, device=device_times(arms.arms, inputs_of(graph, base.vocabulary, load)))
         points = (*points, point)
         yield Report(
-            subject=task,
+            subject=part.name,
             verdict=overall(points),
             margin=protocol.margin,
             points=points,
@@ -46,6 +44,6 @@ def run(
             machine={"backend": arms.backend, **machine(threads)},
             before=before,
             after=state(),
-            hashes={"base": base.sha256, "merged": record.model.sha256, "adapter": record.adapter_sha256},
+            hashes={"base": base.sha256, "merged": part.part.model.sha256, "adapter": part.task.adapter_sha256},
             seed=protocol.seed,
         )

@@ -8,21 +8,22 @@ from engines.feeds.generate import greedy
 from engines.feeds.inputs import CACHED, random_inputs, sizes, takes_tokens
 from engines.latency.harness import Work
 from engines.latency.report import Load
-from exporter.bundle.manifest import Bundle, Graph
+from exporter.bundle.records import Graph
+from exporter.bundle.task_part import TaskPart
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 
 
-def loads_of(bundle: Bundle, task: str, batches: Sequence[int], lengths: Sequence[int], tokens: int = 0) -> list[Load]:
+def loads_of(part: TaskPart, batches: Sequence[int], lengths: Sequence[int], tokens: int = 0) -> list[Load]:
     """Every batch with every length. A decoder also makes the one token after so many, and generates ``tokens`` more.
 
     Raises EngineError when that is more than the base takes, or ``tokens`` are asked of a task that generates none.
     """
-    graph, longest = bundle.graph(bundle.task(task)), bundle.manifest.base.longest
+    graph, longest = part.graph, part.bundle.manifest.base.longest
     decodes = any(port.name.startswith(CACHED) for port in graph.inputs)
     if tokens and not decodes:
         raise EngineError(
-            f"{bundle.path}: task '{task}' is of type {graph.head.task_type} and generates no tokens; leave"
+            f"{part.bundle.path}: task '{part.name}' is of type {graph.head.task_type} and generates no tokens; leave"
             " --tokens out"
         )
     loads = []
@@ -36,7 +37,7 @@ def loads_of(bundle: Bundle, task: str, batches: Sequence[int], lengths: Sequenc
     for load in loads:
         needed = load.past + load.length + load.tokens
         if takes_tokens(graph) and needed > longest:
-            raise EngineError(f"{bundle.path}: {load} is more than the {longest} tokens that the base takes")
+            raise EngineError(f"{part.bundle.path}: {load} is more than the {longest} tokens that the base takes")
     return loads
 
 

@@ -3,16 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
-
-import msgspec
+from types import TracebackType
+from typing import Self, TypeVar
 
 from engines.backends import Backend, BackendName, Model, Session, backend
-from engines.serving.task_values import changed_names, task_values
-from exporter.bundle.changes import base_stored, in_graph_order, merged_at_load
-from exporter.bundle.manifest import Bundle, Engine, open_bundle
+from engines.serving.task_values import task_values
+from exporter.bundle.changes import in_graph_order, merged_at_load
+from exporter.bundle.manifest import open_bundle
+from exporter.bundle.records import MODEL, Engine
+from exporter.bundle.task_part import TaskPart, task_parts
 from lora.errors import EngineError
+from lora.files.tensorfile import Array
+
+Part = TypeVar("Part")
+
+
+class TaskSession:
+    """A loaded task: a session for each of its parts. Use it as a context manager."""
+
+    def __init__(self, task: str, sessions: Mapping[str, Session]) -> None:
+        self._task, self._sessions = task, sessions
+
+    def run(self, inputs: Mapping[str, Array], part: str = MODEL) -> dict[str, Array]:
+        """The outputs of a part by name; a model of one part needs no word for it.
+
+        Raises EngineError when an input is missing, unknown, or of a wrong dtype or rank, or there is no such part.
+        """
+        return self.part(part).run(inputs)
+
+    def part(self, role: str = MODEL) -> Session:
+        """The session of a part. Raises EngineError listing the parts that there are."""
+        return part_of(self._sessions, self._task, role)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for session in self._sessions.values():
+            session.__exit__(kind, error, trace)
+
+
+def part_of(parts: Mapping[str, Part], task: str, role: str) -> Part:
+    """What there is for a task's part. Raises EngineError listing the parts that there are."""
+    if role not in parts:
+        raise EngineError(f"task '{task}' has no part '{role}'; give one of its parts: {', '.join(sorted(parts))}")
+    return parts[role]
 
 
 def load(
@@ -21,125 +61,145 @@ def load(
     backend_name: BackendName = "onnxruntime",
     threads: int | None = None,
     provider_options: Mapping[str, str] | None = None,
-) -> Session:
-    """Load a task's engine; use the session as a context manager.
+) -> TaskSession:
+    """Load a task's engines; use the session as a context manager.
 
     The files are compared with the manifest's SHA-256 first. ``threads`` bounds CPU threads; None takes every core.
     ``provider_options`` go to ONNX Runtime's execution provider.
-    Of TensorRT, the task's own engine is loaded where it has one, else its graph's is refitted. Raises BundleError when
-    the bundle is damaged or has no such task, EngineError when the engine can't be loaded or is not of this export,
-    version or device.
+    Of TensorRT, the task's own engine for this device is loaded where it has one, else its graph's is refitted. Raises
+    BundleError when the bundle is damaged or has no such task, EngineError when the engine can't be loaded or is not of
+    this export, version or device.
 
     >>> with load("bundle", "movies") as session:  # doctest: +SKIP
     ...     session.run({"input_ids": ids, "attention_mask": mask, "token_type_ids": types})["logits"]
     """
-    opened = open_bundle(Path(bundle))
+    parts = task_parts(open_bundle(Path(bundle)), task)
     chosen = backend(backend_name, threads, provider_options)
-    if backend_name.startswith("onnxruntime"):
-        return chosen.load(task_model(opened, task), None)
-    own = opened.task(task).engines.get(backend_name)
+    with ExitStack() as opened:
+        sessions = {part.role: opened.enter_context(load_part(part, backend_name, chosen)) for part in parts}
+        opened.pop_all()  # all are open: the task's session owns them from here
+    return TaskSession(task, sessions)
+
+
+def load_part(part: TaskPart, name: BackendName, chosen: Backend) -> Session:
+    """Load the engine of a part of a task. Raises as ``load`` does."""
+    if not chosen.has_plans:
+        return chosen.load(task_model(part), None)
+    folder = part.bundle.path
+    own = engine_here(part.part.engines, name, chosen)
     if own is not None:
-        return chosen.load(Model(b"", opened.path), own_plan(opened, task, own, chosen))
-    shared = opened.graph(opened.task(task)).engines.get(backend_name)
+        return chosen.load(Model(b"", folder), own_plan(part, own, chosen))
+    shared = engine_here(part.graph.engines, name, chosen)
     if shared is None or shared.mode == "rebuild":
-        raise EngineError(
-            f"{opened.path}: task '{task}' has no {backend_name} engine; run"
-            f" '{build_command(opened, task, backend_name)}'"
-        )
-    return chosen.load(
-        Model(b"", opened.path, task_values(opened, task, shared.refittable)), shared_plan(opened, task, shared, chosen)
-    )
+        raise EngineError(f"{folder}: task '{part.name}' has no {name} engine; run '{build_command(part, name)}'")
+    values = task_values(part, shared.refittable)
+    return chosen.load(Model(b"", folder, values), shared_plan(part, shared, chosen))
 
 
-def task_model(bundle: Bundle, task: str) -> Model:
-    """The task's ONNX model, after all the files that it reads were checked; a task stored as factors is merged now."""
-    record, base = bundle.task(task), base_stored(bundle, task)
-    for file in record.own_weights:
+def task_model(part: TaskPart) -> Model:
+    """The part's ONNX model, after its files were checked; what is stored as factors is merged now."""
+    bundle = part.bundle
+    for file in (*bundle.manifest.base.weights, *part.part.own_weights):
         bundle.checked(file)
-    values = in_graph_order(bundle, task, merged_at_load(bundle, task, base))
-    return Model(bundle.checked(record.model).read_bytes(), bundle.path, values)
+    values = in_graph_order(part, merged_at_load(part))
+    return Model(bundle.checked(part.part.model).read_bytes(), bundle.path, values)
 
 
-def own_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
+def engine_here(engines: tuple[Engine, ...], name: str, chosen: Backend) -> Engine | None:
+    """Of the backend's engines, the one whose target this device can run; where none can, the first, to be refused.
+
+    None where the backend has none. Raises NoDeviceError where there are several and no device.
+    """
+    built = [engine for engine in engines if engine.backend == name]
+    if len(built) < 2:
+        return built[0] if built else None
+    return next((engine for engine in built if chosen.runs(engine.target) is None), built[0])
+
+
+def own_plan(part: TaskPart, engine: Engine, chosen: Backend) -> Path:
     """The plan of the task's own engine.
 
     Raises EngineError when it is of an earlier export, another version, or for another device.
     """
-    record = bundle.task(task)
-    if (engine.model_sha256, engine.weights_sha256) != (record.model.sha256, bundle.weights_sha256(record)):
-        raise _refused(bundle, task, engine, "it was built from an earlier export of the task")
-    return _plan(bundle, task, engine, chosen)
+    if (engine.model_sha256, engine.weights_sha256) != (part.part.model.sha256, part.weights_sha256()):
+        raise _refused(part, engine, "it was built from an earlier export of the task")
+    return _plan(part, engine, chosen)
 
 
-def shared_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend, trusted: bool = False) -> Path:
+def shared_plan(part: TaskPart, engine: Engine, chosen: Backend, trusted: bool = False) -> Path:
     """The plan that is refitted with the task's weights: as ``own_plan``, and only where that was proven to give the
     task's outputs.
 
     ``trusted`` is for the proof itself. A refit engine that was not compared may be wrong without a word: TensorRT 11.3
     documents that it may drop a bias, NVIDIA/TensorRT #3628 reports a blend of two tasks.
     """
-    if beyond := sorted(changed_names(bundle, task) - set(engine.refittable)):
-        raise _refused(bundle, task, engine, f"the task changes '{beyond[0]}', which can't be exchanged in it")
-    plan = _plan(bundle, task, engine, chosen)
-    if not trusted and engine.proven.get(task) != bundle.weights_sha256(bundle.task(task)):
+    if beyond := sorted(part.changed_names - set(engine.refittable)):
+        raise _refused(part, engine, f"the task changes '{beyond[0]}', which can't be exchanged in it")
+    plan = _plan(part, engine, chosen)
+    if not trusted and engine.proven.get(part.name) != part.weights_sha256():
         raise _refused(
-            bundle,
-            task,
+            part,
             engine,
             "its outputs with this task's weights were not yet compared with those of an engine built from them",
         )
     return plan
 
 
-def unadapted_plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend) -> Path:
+def unadapted_plan(part: TaskPart, engine: Engine, chosen: Backend) -> Path:
     """The plan of the unadapted graph under the task, as it was built."""
-    if engine.weights_sha256 != bundle.weights_sha256():
-        raise _refused(bundle, task, engine, "it was built from another base", adapted=False)
-    return _plan(bundle, task, engine, chosen, adapted=False)
+    if engine.weights_sha256 != part.weights_sha256(adapted=False):
+        raise _refused(part, engine, "it was built from another base", adapted=False)
+    return _plan(part, engine, chosen, adapted=False)
 
 
-def plan_of(bundle: Bundle, task: str, name: BackendName, chosen: Backend, adapted: bool = True) -> Path:
+def plan_of(part: TaskPart, name: BackendName, chosen: Backend, adapted: bool = True) -> Path:
     """The plan that was built for the task, or without ``adapted`` for the base under it.
 
     Raises EngineError naming the command where there is none.
     """
-    record = bundle.task(task)
-    engine = (record if adapted else bundle.graph(record)).engines.get(name)
+    engine = engine_here((part.part if adapted else part.graph).engines, name, chosen)
     if engine is None:
-        command = build_command(bundle, task, name) + ("" if adapted else " --unadapted")
-        raise EngineError(
-            f"{bundle.path}: {'' if adapted else 'the base under '}task '{task}' has no {name} engine; run '{command}'"
-        )
+        command = build_command(part, name) + ("" if adapted else " --unadapted")
+        raise EngineError(f"{part.bundle.path}: {_shown(part, adapted)} has no {name} engine; run '{command}'")
     if engine.mode == "stripped":
-        reason = "its weights are put in at load, which this runtime does not do"
-        raise _refused(
-            bundle, task, msgspec.structs.replace(engine, mode="rebuild"), reason, adapted
-        )  # which is what to build instead
-    return own_plan(bundle, task, engine, chosen) if adapted else unadapted_plan(bundle, task, engine, chosen)
+        # A rebuilt engine is what to build instead: the command names no mode.
+        raise _refused(part, engine, "its weights are put in at load, which this runtime does not do", adapted, mode="")
+    return own_plan(part, engine, chosen) if adapted else unadapted_plan(part, engine, chosen)
 
 
-def _plan(bundle: Bundle, task: str, engine: Engine, chosen: Backend, adapted: bool = True) -> Path:
+def build_command(part: TaskPart, backend_name: str) -> str:
+    """What builds the task's engine, for an error's last words."""
+    return f"lorafuse build {quote(str(part.bundle.path))} --task {part.name} --backend {backend_name}"
+
+
+def _plan(part: TaskPart, engine: Engine, chosen: Backend, adapted: bool = True) -> Path:
     if engine.file is None:
-        raise _refused(bundle, task, engine, "the manifest names no plan", adapted)
-    plan = bundle.checked(engine.file)
+        raise _refused(part, engine, "the manifest names no plan", adapted)
+    plan = part.bundle.checked(engine.file)
     if engine.version != chosen.version():
-        raise _refused(
-            bundle, task, engine, f"it was built by version {engine.version}, and this is {chosen.version()}", adapted
-        )
-    if reason := chosen.runs(engine.target):
-        raise _refused(bundle, task, engine, reason, adapted)
+        reason = f"it was built by version {engine.version}, and this is {chosen.version()}"
+        raise _refused(part, engine, reason, adapted)
+    if refusal := chosen.runs(engine.target):
+        raise _refused(part, engine, refusal + _other_targets(part, engine, adapted), adapted)
     return plan
 
 
-def _refused(bundle: Bundle, task: str, engine: Engine, reason: str, adapted: bool = True) -> EngineError:
-    mode = f" --mode {engine.mode}" if engine.mode != "rebuild" else ""
-    command = build_command(bundle, task, engine.backend) + mode + ("" if adapted else " --unadapted")
+def _other_targets(part: TaskPart, engine: Engine, adapted: bool) -> str:
+    """Further targets that engines of the backend were built for, none of which runs here either."""
+    engines = (part.part if adapted else part.graph).engines
+    others = [one.target for one in engines if one.backend == engine.backend and one.target != engine.target]
+    return f" (others were built for {'; '.join(others)})" if others else ""
+
+
+def _refused(part: TaskPart, engine: Engine, reason: str, adapted: bool = True, mode: str | None = None) -> EngineError:
+    wanted = engine.mode if mode is None else mode
+    options = (f" --mode {wanted}" if wanted not in ("", "rebuild") else "") + ("" if adapted else " --unadapted")
+    command = build_command(part, engine.backend) + options
+    of = f"'{part.name}'" if adapted else f"the base under '{part.name}'"
     return EngineError(
-        f"{bundle.path}: the {engine.backend} engine of {'' if adapted else 'the base under '}'{task}' can't be used:"
-        f" {reason}; run '{command}'"
+        f"{part.bundle.path}: the {engine.backend} engine of {of} can't be used: {reason}; run '{command}'"
     )
 
 
-def build_command(bundle: Bundle, task: str, backend_name: str) -> str:
-    """What builds the task's engine, for an error's last words."""
-    return f"lorafuse build {quote(str(bundle.path))} --task {task} --backend {backend_name}"
+def _shown(part: TaskPart, adapted: bool) -> str:
+    return f"task '{part.name}'" if adapted else f"the base under task '{part.name}'"

@@ -11,31 +11,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
-from engines.backends import BackendName, Model, Runs, Session, backend
-from engines.serving.load import plan_of, task_model
-from engines.serving.overridable import overridable
+from engines.backends import BackendName, Model, Session, backend
+from engines.serving.load import TaskSession, engine_here, part_of, plan_of, task_model
 from engines.serving.pool import Pool
-from engines.serving.task_values import changed_names, task_values
-from exporter.bundle.changes import base_stored
+from engines.serving.resident import exchanged_names, resident_model
+from engines.serving.task_values import task_values
 from exporter.bundle.manifest import Bundle, open_bundle
-from lora.errors import EngineError, LorafuseError
+from exporter.bundle.records import MODEL, Graph
+from exporter.bundle.task_part import TaskPart, task_part, task_parts
+from lora.errors import EngineError
 from lora.files.tensorfile import Array
 
 Mode = Literal["dedicated", "resident"]
 Key = tuple[str, bool]  # a task, and whether its adapter counts
+Values = dict[str, dict[str, Array]]  # a task's tensors, by the roles of its parts
+
+
+class RunsTask(Protocol):
+    """A task that is loaded and answers."""
+
+    def run(self, inputs: Mapping[str, Array], part: str = MODEL) -> dict[str, Array]:
+        """The outputs of a part by name; a model of one part needs no word for it.
+
+        Raises EngineError when an input is missing, unknown, or of a wrong dtype or rank, or there is no such part.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class _Switched:
-    """A session that tasks share, and the weights that make it one of them."""
+    """Sessions that tasks share, and the weights that make them one of these tasks."""
 
-    session: Session
-    values: Mapping[str, Array]
+    task: str
+    sessions: Mapping[str, Session]
+    values: Values
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return self.session.run({**inputs, **self.values})
+    def run(self, inputs: Mapping[str, Array], part: str = MODEL) -> dict[str, Array]:
+        return part_of(self.sessions, self.task, part).run({**inputs, **self.values[part]})
 
 
 class _InTurns:
@@ -77,24 +91,33 @@ class Runtime:
         backend_name: BackendName = "onnxruntime",
     ) -> None:
         self.bundle, self._mode, self._name = bundle, mode, backend_name
-        self._has_plans = backend_name.startswith("tensorrt")
-        if self._has_plans and mode == "resident":
-            raise EngineError("TensorRT's plans are each a task's own; choose mode 'dedicated'")
         self._backend = backend(backend_name, threads)
+        if self._backend.has_plans and mode == "resident":
+            raise EngineError("TensorRT's plans are each a task's own; choose mode 'dedicated'")
         self._owned, self._opening = ExitStack(), Lock()
-        self._shared: dict[str, Session] = {}  # by the digest of their graph, as are the names of what its tasks change
+        # By the digest of their graph, as are the names of what its tasks change.
+        self._shared: dict[str, Session] = {}
         self._names: dict[str, frozenset[str]] = {}
-        self._sessions: Pool[Key, Session] = Pool(
+        self._sessions: Pool[Key, TaskSession] = Pool(
             self._open, self._session_cost, lambda session: session.__exit__(None, None, None), memory
         )
-        self._values: Pool[Key, dict[str, Array]] = Pool(
-            self._read, self._values_cost, lambda values: values.clear(), memory
-        )
+        self._values: Pool[Key, Values] = Pool(self._read, self._values_cost, lambda values: values.clear(), memory)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks that can be asked for."""
         return tuple(sorted(self.bundle.manifest.tasks))
+
+    def graph(self, task: str, part: str = MODEL) -> Graph:
+        """What a part of the task takes and gives: ports with names, dtypes and shapes.
+
+        Raises BundleError when there is no such task or part.
+        """
+        return task_part(self.bundle, task, part).graph
+
+    def labels(self, task: str) -> tuple[str, ...]:
+        """The task's class labels in the order of its outputs; none for a regression."""
+        return self.bundle.task(task).labels
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -103,7 +126,7 @@ class Runtime:
         return tuple(task for task, adapted in held if adapted)
 
     @contextmanager
-    def use(self, task: str, adapted: bool = True) -> Iterator[Runs]:
+    def use(self, task: str, adapted: bool = True) -> Iterator[RunsTask]:
         """The task, kept loaded for as long as the block lasts; without ``adapted``, the base under the task's head.
 
         Raises BundleError when there is no such task or its files are damaged, EngineError when the memory budget can't
@@ -114,19 +137,24 @@ class Runtime:
                 yield session
         else:
             with self._values.use((task, adapted)) as values:
-                yield _Switched(self._resident(task), values)
+                sessions = {part.role: self._resident(part) for part in task_parts(self.bundle, task)}
+                yield _Switched(task, sessions, values)
 
-    def run(self, task: str, inputs: Mapping[str, Array], adapted: bool = True) -> dict[str, Array]:
-        """The task's outputs by name. Raises as ``use`` does, and EngineError when the inputs do not fit."""
+    def run(self, task: str, inputs: Mapping[str, Array], adapted: bool = True, part: str = MODEL) -> dict[str, Array]:
+        """The outputs of a part of the task by name. Raises as ``use`` does, and EngineError when the inputs do not
+        fit.
+        """
         with self.use(task, adapted) as loaded:
-            return loaded.run(inputs)
+            return loaded.run(inputs, part)
 
-    async def arun(self, task: str, inputs: Mapping[str, Array], adapted: bool = True) -> dict[str, Array]:
+    async def arun(
+        self, task: str, inputs: Mapping[str, Array], adapted: bool = True, part: str = MODEL
+    ) -> dict[str, Array]:
         """``run`` in a thread of asyncio's pool.
 
         A cancelled call ends in the background, and its outputs are dropped.
         """
-        return await asyncio.to_thread(self.run, task, inputs, adapted)
+        return await asyncio.to_thread(self.run, task, inputs, adapted, part)
 
     def close(self) -> None:
         """Wait for the runs in progress, then give all memory back."""
@@ -144,72 +172,73 @@ class Runtime:
     ) -> None:
         self.close()
 
-    def _open(self, key: Key) -> Session:
+    def _open(self, key: Key) -> TaskSession:
         task, adapted = key
-        if self._has_plans:
-            plan = plan_of(self.bundle, task, self._name, self._backend, adapted)
+        with ExitStack() as opened:
+            parts = task_parts(self.bundle, task)
+            sessions = {part.role: opened.enter_context(self._open_part(part, adapted)) for part in parts}
+            opened.pop_all()  # all are open: the task's session owns them from here
+        return TaskSession(task, sessions)
+
+    def _open_part(self, part: TaskPart, adapted: bool) -> Session:
+        if self._backend.has_plans:
+            plan = plan_of(part, self._name, self._backend, adapted)
             return _InTurns(self._backend.load(Model(b"", self.bundle.path), plan))
-        model = task_model(self.bundle, task)
+        model = task_model(part)
         if not adapted:
-            values = task_values(self.bundle, task, changed_names(self.bundle, task), adapted=False)
-            model = Model(model.graph, model.folder, values)
+            model = Model(model.graph, model.folder, task_values(part, part.changed_names, adapted=False))
         return self._backend.load(model, None)
 
     def _session_cost(self, key: Key) -> int:
         """A session holds all the weights of its graph, as a plan does."""
         task, adapted = key
-        record = self.bundle.task(task)
-        if self._has_plans:
-            engine = (record if adapted else self.bundle.graph(record)).engines.get(self._name)
-            return engine.file.size if engine is not None and engine.file is not None else 0
-        return sum(file.size for file in (*self.bundle.manifest.base.weights, *record.own_weights))
+        parts = task_parts(self.bundle, task)
+        if self._backend.has_plans:
+            return sum(self._plan_size(part, adapted) for part in parts)
+        own = sum(file.size for part in parts for file in part.part.own_weights)
+        return own + sum(file.size for file in self.bundle.manifest.base.weights)
 
-    def _read(self, key: Key) -> dict[str, Array]:
+    def _plan_size(self, part: TaskPart, adapted: bool) -> int:
+        engine = engine_here((part.part if adapted else part.graph).engines, self._name, self._backend)
+        return engine.file.size if engine is not None and engine.file is not None else 0
+
+    def _read(self, key: Key) -> Values:
         task, adapted = key
-        names = self._exchanged(self.bundle.task(task).graph)
-        values = task_values(self.bundle, task, names, adapted)
-        if beyond := sorted(changed_names(self.bundle, task) - names):
+        return {part.role: self._read_part(part, adapted) for part in task_parts(self.bundle, task)}
+
+    def _read_part(self, part: TaskPart, adapted: bool) -> dict[str, Array]:
+        names = self._exchanged(part.part.graph)
+        values = task_values(part, names, adapted)
+        if beyond := sorted(part.changed_names - names):
             raise EngineError(
-                f"task '{task}' could not be read when the runtime opened its graph, and changes '{beyond[0]}'; open"
-                " the runtime again"
+                f"task '{part.name}' could not be read when the runtime opened its graph, and changes '{beyond[0]}';"
+                " open the runtime again"
             )
         return values
 
     def _values_cost(self, key: Key) -> int:
         """What a task has in memory beside the base: its own tensors, merged or mapped."""
         task, adapted = key
-        record = self.bundle.task(task)
-        stored = sum(file.size for file in record.own_weights)
-        if not adapted or record.store == "dense":
-            return stored
-        base = base_stored(self.bundle, task)
-        return stored + sum(base[name].nbytes for name in changed_names(self.bundle, task) if name in base)
+        cost = 0
+        for part in task_parts(self.bundle, task):
+            cost += sum(file.size for file in part.part.own_weights)
+            if adapted:
+                cost += sum(part.base[name].nbytes for name in part.merged_at_load if name in part.base)
+        return cost
 
-    def _resident(self, task: str) -> Session:
-        """The session that the tasks of this task's graph share."""
-        record = self.bundle.task(task)
+    def _resident(self, part: TaskPart) -> Session:
+        """The session that the tasks of this part's graph share."""
+        digest = part.part.graph
         with self._opening:
-            if record.graph not in self._shared:
-                values = task_values(self.bundle, task, self._exchanged(record.graph), adapted=False)
-                graph = overridable(self.bundle.checked(record.model).read_bytes(), values)
-                self._shared[record.graph] = self._owned.enter_context(
-                    self._backend.load(Model(graph, self.bundle.path), None)
-                )
-            return self._shared[record.graph]
+            if digest not in self._shared:
+                model = resident_model(part, self._exchanged(digest))
+                self._shared[digest] = self._owned.enter_context(self._backend.load(model, None))
+            return self._shared[digest]
 
     def _exchanged(self, digest: str) -> frozenset[str]:
-        """What any task of the graph changes: with every run the session is given all of it."""
         if digest not in self._names:
-            sharing = [name for name, record in self.bundle.manifest.tasks.items() if record.graph == digest]
-            self._names.setdefault(digest, frozenset[str]().union(*(self._changed_if_sound(name) for name in sharing)))
+            self._names.setdefault(digest, exchanged_names(self.bundle, digest))
         return self._names[digest]
-
-    def _changed_if_sound(self, task: str) -> frozenset[str]:
-        """A damaged task harms no other; who asks for it is told."""
-        try:
-            return changed_names(self.bundle, task)
-        except LorafuseError:
-            return frozenset()
 
 
 def open_runtime(

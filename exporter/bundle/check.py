@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.bundle.manifest import MANIFEST, Bundle, all_files, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest_file import MANIFEST
+from exporter.bundle.records import all_files
 from lora.errors import BundleError
 from lora.progress import Progress, unheard
 from lora.wording import printable

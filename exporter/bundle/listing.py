@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from exporter.bundle.manifest import Manifest, task_files
+from exporter.bundle.records import MODEL, Graph, Manifest, Task, task_files
 
 
 @dataclass(frozen=True)
 class Listed:
-    """One task: its head in words, how it is stored, the digest of its graph, the bytes of its own files, its labels
-    and engines.
-    """
+    """One task, in words: its head, how it is stored, its graphs, the bytes of its files, its labels and engines."""
 
     task: str
     head: str
@@ -25,21 +23,33 @@ class Listed:
 
 def listing(manifest: Manifest) -> tuple[Listed, ...]:
     """The tasks in order of their names; a graph that several share counts for none of them."""
-    users = Counter(file.path for task in manifest.tasks.values() for file in task_files(task))
-    return tuple(
-        Listed(
-            task=name,
-            head=f"{manifest.graphs[task.graph].head.task_type}, {manifest.graphs[task.graph].head.outputs} outputs",
-            store=task.store if task.adapter else "the base itself",
-            graph=task.graph,
-            size=sum(file.size for file in task_files(task) if users[file.path] == 1),
-            labels=task.labels,
-            engines=tuple(sorted(task.engines)),
-        )
-        for name, task in sorted(manifest.tasks.items())
-    )
+    users = Counter(file.path for task in manifest.tasks.values() for file in set(task_files(task)))
+    return tuple(_listed(name, task, manifest, users) for name, task in sorted(manifest.tasks.items()))
 
 
 def base_size(manifest: Manifest) -> int:
     """The bytes that the tasks share."""
     return sum(file.size for file in (*manifest.base.weights, *manifest.base.files))
+
+
+def _listed(name: str, task: Task, manifest: Manifest, users: Counter[str]) -> Listed:
+    graphs = {role: part.graph for role, part in sorted(task.parts.items())}
+    engines = {
+        f"{engine.backend} ({engine.target})" if engine.target else engine.backend
+        for part in task.parts.values()
+        for engine in part.engines
+    }
+    return Listed(
+        task=name,
+        head="; ".join(_head(role, manifest.graphs[digest]) for role, digest in graphs.items()),
+        store=task.store if task.adapter else "the base itself",
+        graph=", ".join(graphs.values()),
+        size=sum(file.size for file in set(task_files(task)) if users[file.path] == 1),
+        labels=task.labels,
+        engines=tuple(sorted(engines)),
+    )
+
+
+def _head(role: str, graph: Graph) -> str:
+    words = f"{graph.head.task_type}, {graph.head.outputs} outputs"
+    return words if role == MODEL else f"{role}: {words}"

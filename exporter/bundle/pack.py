@@ -14,19 +14,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
-
-from exporter.bundle.manifest import (
-    MANIFEST,
-    Bundle,
-    File,
-    Manifest,
-    all_files,
-    check_sha256,
-    encode,
-    open_bundle,
-    reading,
-)
+from exporter.bundle.edits import only_tasks
+from exporter.bundle.manifest import Bundle, check_sha256, open_bundle, reading
+from exporter.bundle.manifest_file import MANIFEST
+from exporter.bundle.records import File, all_files, encode
 from exporter.bundle.staging import staging
 from lora.errors import BundleError
 from lora.files.durable import flush
@@ -46,7 +37,7 @@ def pack_bundle(path: Path, out: Path, tasks: Collection[str] = (), progress: Pr
     """
     bundle = open_bundle(path)
     _check_place(bundle, out)
-    manifest = _with_tasks(bundle, tasks or sorted(bundle.manifest.tasks))
+    manifest = only_tasks(bundle, tasks or bundle.manifest.tasks.keys())
     with staging(out) as stage:
         staged = stage / out.name
         with tarfile.open(staged, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -71,13 +62,6 @@ def _check_place(bundle: Bundle, out: Path) -> None:
         raise BundleError(f"{out}: exists already; choose another name, or remove it")
     if out.resolve().is_relative_to(bundle.path.resolve()):
         raise BundleError(f"{out}: lies in the bundle that is to be packed; choose a place outside it")
-
-
-def _with_tasks(bundle: Bundle, names: Collection[str]) -> Manifest:
-    tasks = {name: bundle.task(name) for name in sorted(names)}
-    used = {task.graph for task in tasks.values()}
-    graphs = {digest: graph for digest, graph in bundle.manifest.graphs.items() if digest in used}
-    return msgspec.structs.replace(bundle.manifest, tasks=tasks, graphs=graphs)
 
 
 def _add_file(tar: tarfile.TarFile, bundle: Bundle, file: File, name: str) -> None:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from exporter.bundle.manifest import MANIFEST, Bundle, File, Manifest, all_files, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest_file import MANIFEST
+from exporter.bundle.records import File, Manifest, all_files, encode
 from lora.errors import BundleError
 from lora.files.durable import flush, staging_folder
 from lora.files.tensorfile import file_sha256

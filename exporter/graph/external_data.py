@@ -16,6 +16,11 @@ from lora.errors import BundleError, ExportError
 from lora.files.tensorfile import TensorFile
 
 
+def parsed(model: bytes) -> onnx.ModelProto:
+    """A serialized model's graph; external data stays where it is."""
+    return onnx.load_model_from_string(model)
+
+
 def load_graph(path: Path) -> onnx.ModelProto:
     """The graph alone: external data stays on disk. Raises BundleError when the file is not an ONNX model."""
     try:
@@ -34,7 +39,7 @@ def pointed(graph: onnx.ModelProto, weights: WeightMap, files: Iterable[TensorFi
     copy.CopyFrom(graph)
     for tensor in copy.graph.initializer:
         if tensor.name in weights:
-            _point(tensor, key(tensor.name, weights[tensor.name]), files)
+            _point(tensor, key(tensor.name, weights[tensor.name].order), files)
     return copy
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from exporter.bundle.manifest import Precision
+from exporter.bundle.records import Precision
 from lora.errors import ExportError
 from lora.files.tensorfile import Array
 

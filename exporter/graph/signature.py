@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter.bundle.manifest import Head
+from exporter.bundle.records import MODEL, Head
+from exporter.bundle.task_types import task_type
 from lora.errors import ExportError
 
 TEXT = {0: "batch", 1: "sequence"}
-OUTPUTS: Mapping[str, tuple[str, ...]] = {
-    "QUESTION_ANS": ("start_logits", "end_logits"),
-    "FEATURE_EXTRACTION": ("last_hidden_state",),
-}
 # Distinct sizes above 1, so that no axis can be taken for a constant or for another.
 BATCH, SEQUENCE, PAST, TARGET = 2, 16, 5, 7
 
@@ -39,13 +36,17 @@ class Signature:
     outputs: tuple[str, ...]
 
 
-def signature(model: Any, head: Head) -> Signature:
-    """The signature of a transformers model with ``head``; floating-point inputs and outputs are float32 whatever the
-    model computes in.
+def signature(model: Any, head: Head, role: str = MODEL) -> Signature:
+    """The signature of a transformers model with ``head``, or of the part of it that has ``role``.
+
+    Floating-point inputs and outputs are float32 whatever the model computes in.
     """
-    if head.task_type == "CAUSAL_LM":
+    if role != MODEL:
+        return _tower(model, role)
+    kind = task_type(head.task_type)
+    if kind.decodes:
         return _decoder(model)
-    outputs = OUTPUTS.get(head.task_type, ("logits",))
+    outputs = kind.outputs
     if model.main_input_name == "pixel_values":
         return _pixels(model, ("image_embeds", *outputs) if hasattr(model, "visual_projection") else outputs)
     if model.main_input_name == "input_features":
@@ -94,6 +95,20 @@ class Encoder(Named):
 
     def _part(self) -> Any:
         return self.model.get_encoder()
+
+
+class Tower(nn.Module):
+    """One tower of a model of text and images, with its projection into the space that both share."""
+
+    def __init__(self, model: Any, features: str) -> None:
+        super().__init__()
+        self.model = model
+        self._features = features
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Embeddings (batch, projection) and the last hidden state, in float32 (float64 where it computes in it)."""
+        given = getattr(self.model, self._features)(**in_dtype(self.model.dtype, inputs))
+        return widened(given.pooler_output), widened(given.last_hidden_state)
 
 
 class Decoder(nn.Module):
@@ -148,15 +163,24 @@ def _decoder(model: Any) -> Signature:
     )
 
 
+def _tower(model: Any, role: str) -> Signature:
+    """A tower of CLIP and its like, by the methods that transformers gives them."""
+    if role == "text":
+        inputs = {name: torch.ones(BATCH, SEQUENCE, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        module = Tower(model, "get_text_features")
+        return Signature(module, inputs, dict.fromkeys(inputs, TEXT), ("text_embeds", "last_hidden_state"))
+    inputs = _pixel_inputs(model.config.vision_config)
+    module = Tower(model, "get_image_features")
+    return Signature(module, inputs, {"pixel_values": {0: "batch"}}, ("image_embeds", "last_hidden_state"))
+
+
 def _pixels(model: Any, outputs: tuple[str, ...]) -> Signature:
-    config = model.config
+    return Signature(Named(model, outputs), _pixel_inputs(model.config), {"pixel_values": {0: "batch"}}, outputs)
+
+
+def _pixel_inputs(config: Any) -> dict[str, Tensor]:
     size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    return Signature(
-        Named(model, outputs),
-        {"pixel_values": torch.ones(BATCH, config.num_channels, size, size)},
-        {"pixel_values": {0: "batch"}},
-        outputs,
-    )
+    return {"pixel_values": torch.ones(BATCH, config.num_channels, size, size)}
 
 
 def _features(model: Any, outputs: tuple[str, ...]) -> Signature:

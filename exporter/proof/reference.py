@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from exporter.bundle.changes import base_stored, bundled_changes, merged_at_load, own_stored
-from exporter.bundle.manifest import MODULE, Bundle
+from exporter.bundle.changes import merged_at_load
+from exporter.bundle.task_part import TaskPart
+from exporter.bundle.task_types import MODULE
 from exporter.transformers_base import skeleton
 from lora.errors import ExportError
 from lora.files.tensorfile import Array
@@ -18,28 +19,23 @@ Inputs = Mapping[str, Array]
 Runner = Callable[[Inputs], Array]
 
 
-def base_values(bundle: Bundle, task: str) -> dict[str, Array]:
+def base_values(part: TaskPart) -> dict[str, Array]:
     """The unadapted weights by parameter name; what the base does not have (a trained head) is the task's."""
-    return {**own_stored(bundle, task), **base_stored(bundle, task)}
+    return {**part.own, **part.base}
 
 
-def merged_values(bundle: Bundle, task: str) -> dict[str, Array]:
-    """The weights that ``task`` is run with, by parameter name: as the bundle stores them, or merges them when it is
-    loaded.
-    """
-    base = base_stored(bundle, task)
-    return {**base, **own_stored(bundle, task), **merged_at_load(bundle, task, base)}
+def merged_values(part: TaskPart) -> dict[str, Array]:
+    """The weights that the task is run with, by parameter name: as the bundle stores them, or merges them at load."""
+    return {**part.base, **part.own, **merged_at_load(part)}
 
 
-def exact_values(bundle: Bundle, task: str) -> dict[str, Array]:
+def exact_values(part: TaskPart) -> dict[str, Array]:
     """The weights as the formula has them, in float64, from the base and the adapter."""
-    values = {name: np.asarray(values, np.float64) for name, values in base_values(bundle, task).items()}
-    return values | {
-        name: apply(changes, values[name], np.float64) for name, changes in bundled_changes(bundle, task).items()
-    }
+    values = {name: np.asarray(values, np.float64) for name, values in base_values(part).items()}
+    return values | {name: apply(changes, values[name], np.float64) for name, changes in part.changes.items()}
 
 
-def torch_runner(bundle: Bundle, task: str, values: Mapping[str, Array], exact: bool = False) -> Runner:
+def torch_runner(part: TaskPart, values: Mapping[str, Array], exact: bool = False) -> Runner:
     """The first output of the torch model on ``values``, computed in the bundle's precision, or in float64 for
     ``exact``.
 
@@ -49,22 +45,21 @@ def torch_runner(bundle: Bundle, task: str, values: Mapping[str, Array], exact: 
 
     from exporter.graph.signature import signature
 
-    graph = bundle.graph(bundle.task(task))
-    head = graph.head
+    graph, bundle, head = part.graph, part.bundle, part.graph.head
     absent = sorted(graph.weights.keys() - values.keys())
     assert not absent, f"no values for weights of the graph: {absent}"
     if head.task_type == MODULE:
         raise ExportError(
-            f"{bundle.path}: task '{task}' was exported from a Python module, which the bundle can't rebuild; compare"
-            " with the module itself"
+            f"{bundle.path}: task '{part.name}' was exported from a Python module, which the bundle can't rebuild;"
+            " compare with the module itself"
         )
-    model = skeleton(bundle.path / "base", head, bundle.manifest.base.precision)
+    model = skeleton(bundle.path / "base", head, bundle.manifest.base.precision, part.role)
     model = model.to(torch.float64) if exact else model
     unknown = model.load_state_dict(
         {name: _tensor(array) for name, array in values.items()}, strict=False
     ).unexpected_keys
     assert not unknown, f"the graph has weights that the model lacks: {unknown}"
-    module = signature(model, head).module
+    module = signature(model, head, part.role).module
 
     def run(inputs: Inputs) -> Array:
         with torch.no_grad():

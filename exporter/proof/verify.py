@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from ml_dtypes import finfo  # numpy's own knows no bfloat16
 
-from exporter.bundle.changes import bundled_changes
-from exporter.bundle.manifest import Bundle, Precision
+from exporter.bundle.records import MODEL, Precision
+from exporter.bundle.task_part import TaskPart
 from exporter.graph.digest import graph_digest
 from exporter.proof.reference import Inputs, Runner, base_values, exact_values, merged_values, torch_runner
 from exporter.variants.graphs import merged_graph
@@ -76,41 +76,32 @@ class Verification:
         return self.moved >= self.least_move
 
 
-def verify(bundle: Bundle, task: str, batches: Sequence[Inputs], runners: Mapping[str, Runner]) -> Verification:
-    """Hold ``task`` against its formula on ``batches`` of inputs.
+def verify(part: TaskPart, batches: Sequence[Inputs], runners: Mapping[str, Runner]) -> Verification:
+    """Hold a part of a task against its formula on ``batches`` of inputs.
 
     ``runners`` are the further stages by name (ONNX, engines); one that raises a LorafuseError is reported as not run.
     """
-    exact_weights, stored_weights, base = (
-        exact_values(bundle, task),
-        merged_values(bundle, task),
-        base_values(bundle, task),
-    )
-    oracle, changes, precision = (
-        torch_runner(bundle, task, exact_weights, exact=True),
-        bundled_changes(bundle, task),
-        bundle.manifest.base.precision,
-    )
+    precision = part.bundle.manifest.base.precision
+    base, stored, exact_weights = base_values(part), merged_values(part), exact_values(part)
+    oracle = torch_runner(part, exact_weights, exact=True)
     exact = [oracle(batch) for batch in batches]
     bound = OUTPUT_BOUND[precision] * max(float(np.abs(outputs).max()) for outputs in exact)
     stages = [
-        _weights_stage(changes, base, exact_weights, stored_weights),
-        _output_stage("merged torch", exact, bound, batches, torch_runner(bundle, task, stored_weights)),
+        _weights_stage(part.changes, base, exact_weights, stored),
+        _output_stage("merged torch", exact, bound, batches, torch_runner(part, stored)),
         *(_output_stage(name, exact, bound, batches, run) for name, run in runners.items()),
     ]
-    unadapted = torch_runner(bundle, task, base, exact=True)
+    unadapted = torch_runner(part, base, exact=True)
+    moves = [np.abs(outputs - unadapted(batch)).max() for outputs, batch in zip(exact, batches, strict=True)]
     return Verification(
-        task=task,
+        task=part.name if part.role == MODEL else f"{part.name} ({part.role})",
         inputs=sum(len(outputs) for outputs in exact),
         stages=tuple(stages),
-        moved=max(
-            float(np.abs(outputs - unadapted(batch)).max()) for outputs, batch in zip(exact, batches, strict=True)
-        ),
-        least_move=LEAST_MOVE[precision] * bound if changes else 0.0,
-        digest=graph_digest(merged_graph(bundle, task)),
-        unadapted_digest=bundle.task(
-            task
-        ).graph,  # taken when the base was traced; the arms are made of the merged graph and prove nothing
+        moved=float(max(moves)),
+        least_move=LEAST_MOVE[precision] * bound if part.changes else 0.0,
+        digest=graph_digest(merged_graph(part)),
+        # Taken when the base was traced; the variants are made of the merged graph and would prove nothing.
+        unadapted_digest=part.part.graph,
     )
 
 

@@ -11,8 +11,9 @@ import onnx
 import torch
 from onnx import numpy_helper
 
+from exporter.base_graph import weight_map
 from exporter.bundle.layout import to_graph
-from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import TaskPart
 from exporter.graph.external_data import pointed
 from exporter.graph.precision import stored_as
 from exporter.graph.signature import signature
@@ -25,24 +26,24 @@ from lora.modules.bottlenecks import Kind, insert, width_for
 SHARE = 11.0 / 354.8  # the paper's Table 1: 11 M parameters beside GPT-2 medium's
 
 
-def bottleneck_graph(bundle: Bundle, task: str, kind: Kind) -> onnx.ModelProto:
+def bottleneck_graph(part: TaskPart, kind: Kind) -> onnx.ModelProto:
     """The task's unadapted graph with bottlenecks of ``kind`` and random values, in the paper's share of the model's
     parameters.
 
     Raises ExportError where the base was not made by transformers, LorafuseError where ``kind`` has no place in it.
     """
-    record = bundle.task(task)
-    head, base = bundle.graph(record).head, bundle.manifest.base
+    bundle, head, base = part.bundle, part.graph.head, part.bundle.manifest.base
     if not any(file.path == "base/config.json" for file in base.files):
         raise ExportError(
             f"{bundle.path}: the base was not made by transformers, so there is no model to put {kind} into; leave"
             f" {kind} out"
         )
-    model = skeleton(bundle.path / "base", head, base.precision)
+    model = skeleton(bundle.path / "base", head, base.precision, part.role)
     values = with_bottlenecks(model, kind)
-    traced = trace(signature(model, head))
-    files = [TensorFile(bundle.checked(file)) for file in (*record.own_weights, *base.weights)]
-    graph = pointed(traced.graph, {name: order for name, order in traced.weights.items() if name not in values}, files)
+    traced = trace(signature(model, head, part.role))
+    files = [TensorFile(bundle.checked(file)) for file in (*part.part.own_weights, *base.weights)]
+    orders = {name: order for name, order in traced.weights.items() if name not in values}
+    graph = pointed(traced.graph, weight_map(traced.graph, orders), files)
     for tensor in [tensor for tensor in graph.graph.initializer if tensor.name in values]:
         dtype = numpy_dtype(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).name)
         stored = stored_as(tensor.name, values[tensor.name], dtype, kind)

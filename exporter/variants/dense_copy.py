@@ -9,28 +9,26 @@ import numpy as np
 
 from exporter.bundle.changes import in_graph_order, merged_at_load
 from exporter.bundle.layout import key
-from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import TaskPart
 from exporter.graph.external_data import pointed
 from exporter.variants.graphs import merged_graph
 from lora.files.tensorfile import Array, Lazy, TensorFile, write_tensors
 
 
-def densified(bundle: Bundle, task: str, folder: Path) -> bytes:
-    """The task's ONNX model, its external data in ``folder``: the merged tensors are written there, and the bundle's
+def densified(part: TaskPart, folder: Path) -> bytes:
+    """The part's ONNX model, its external data in ``folder``: the merged tensors are written there, and the bundle's
     files copied.
 
     Not linked: ONNX refuses external data with several links, and whoever loads the bundle meanwhile would meet that.
     """
-    record, weights = bundle.task(task), bundle.graph(bundle.task(task)).weights
-    values = in_graph_order(bundle, task, merged_at_load(bundle, task))
-    files = [
-        Path(shutil.copy(bundle.checked(file), folder)) for file in (*bundle.manifest.base.weights, *record.own_weights)
-    ]
+    bundle, weights = part.bundle, part.graph.weights
+    values = in_graph_order(part, merged_at_load(part))
+    stored = (*bundle.manifest.base.weights, *part.part.own_weights)
+    files = [Path(shutil.copy(bundle.checked(file), folder)) for file in stored]
     merged = folder / "merged.safetensors"
-    write_tensors(merged, {key(name, weights[name]): _lazy(tensor) for name, tensor in values.items()})
-    content: bytes = pointed(
-        merged_graph(bundle, task), weights, [TensorFile(file) for file in (*files, merged)]
-    ).SerializeToString()
+    write_tensors(merged, {key(name, weights[name].order): _lazy(tensor) for name, tensor in values.items()})
+    graph = pointed(merged_graph(part), weights, [TensorFile(file) for file in (*files, merged)])
+    content: bytes = graph.SerializeToString()
     return content
 
 

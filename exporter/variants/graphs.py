@@ -10,50 +10,34 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from exporter.bundle.changes import bundled_changes, in_graph_order, merged_at_load, own_stored
-from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import TaskPart
 from exporter.graph.external_data import load_graph, pointed
 from lora.adapter import Change, LowRank, Replacement
 from lora.errors import ExportError
-from lora.files.tensorfile import Array, TensorFile
+from lora.files.tensorfile import TensorFile
 
 # Where a merged weight is read: y = x · W, with the weight as the second input (Gemm: not transposed again).
 READERS = ("MatMul", "Gemm")
 
 
-def merged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
+def merged_graph(part: TaskPart) -> onnx.ModelProto:
     """The task's own graph; of one stored as factors, the graph that its merged tensors are put into."""
-    return load_graph(bundle.checked(bundle.task(task).model))
+    return load_graph(part.bundle.checked(part.part.model))
 
 
-def unadapted_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
+def unadapted_graph(part: TaskPart) -> onnx.ModelProto:
     """The task's graph on the base's weights; what the base does not have (a trained head) stays the task's."""
-    record = bundle.task(task)
-    files = [TensorFile(bundle.checked(file)) for file in (*record.own_weights, *bundle.manifest.base.weights)]
-    return pointed(merged_graph(bundle, task), bundle.graph(record).weights, files)
+    files = (*part.part.own_weights, *part.bundle.manifest.base.weights)
+    return pointed(merged_graph(part), part.graph.weights, [TensorFile(part.bundle.checked(file)) for file in files])
 
 
-def switchable_graph(bundle: Bundle, task: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """The unadapted graph with what the task changes as inputs instead of weights, and the task's values for them: a
-    resident engine's form.
-    """
-    graph, values = (
-        unadapted_graph(bundle, task),
-        in_graph_order(bundle, task, {**own_stored(bundle, task), **merged_at_load(bundle, task)}),
-    )
-    for tensor in [tensor for tensor in graph.graph.initializer if tensor.name in values]:
-        graph.graph.initializer.remove(tensor)
-        graph.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    return graph, values
-
-
-def unmerged_graph(bundle: Bundle, task: str) -> onnx.ModelProto:
+def unmerged_graph(part: TaskPart) -> onnx.ModelProto:
     """The unadapted graph plus ``scaling · B · A · x`` beside every adapted weight, as an unmerged server computes it.
 
     Raises ExportError where an adapted weight is not read by a MatMul or Gemm.
     """
-    graph = unadapted_graph(bundle, task)
-    for parameter, changes in bundled_changes(bundle, task).items():
+    graph = unadapted_graph(part)
+    for parameter, changes in part.changes.items():
         for change in changes:
             if not isinstance(change, Replacement):  # replaced tensors are the task's in this graph already
                 _add_branch(graph.graph, parameter, change)

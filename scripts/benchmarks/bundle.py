@@ -35,6 +35,8 @@ import exporter
 from engines.feeds.inputs import random_inputs, sizes
 from exporter.bundle.listing import base_size
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, add_task, export_task
 from scripts.support.gpt2_medium import base_and_adapters
 
@@ -99,7 +101,7 @@ def economics(folder: Path, count: int) -> bool:
 
 def difference(bundle: Bundle, task: str, base: Path, adapter: Path) -> float:
     inputs = random_inputs(
-        bundle.graph(bundle.task(task)), bundle.manifest.base.vocabulary, sizes(batch=1, length=16), seed=0
+        task_part(bundle, task).graph, bundle.manifest.base.vocabulary, sizes(batch=1, length=16), seed=0
     )
     with engines.load(bundle.path, task, threads=1) as session:
         found = session.run(inputs)["logits"]
@@ -133,7 +135,7 @@ def large(folder: Path, layers: int) -> bool:
     started = time.perf_counter()
     exported = exporter.export(module, {"x": torch.ones(2, WIDTH)}, folder / "bundle", task="large", adapter=adapter)
     seconds, memory = time.perf_counter() - started, peak()
-    model = exported.bundle.path / exported.bundle.task("large").model.path
+    model = exported.bundle.path / exported.bundle.task("large").parts[MODEL].model.path
     onnx.checker.check_model(model, full_check=True)
     x = torch.randn(3, WIDTH)
     found = onnxruntime.InferenceSession(model).run(None, {"x": x.numpy()})[0]

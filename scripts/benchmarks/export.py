@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.bundle.records import MODEL
 from scripts.support.gpt2_medium import base_and_adapters
 from scripts.support.packaged_files import CACHE
 
@@ -240,7 +241,7 @@ def script(path: Path, code: str) -> Path:
 def our_graph(bundle: Path) -> Path:
     from exporter.bundle.manifest import open_bundle
 
-    return bundle / open_bundle(bundle).task("first").model.path
+    return bundle / open_bundle(bundle).task("first").parts[MODEL].model.path
 
 
 def default_dynamo_graph(base: Path, folder: Path) -> Path:
@@ -248,7 +249,7 @@ def default_dynamo_graph(base: Path, folder: Path) -> Path:
     import torch
     import transformers
 
-    from exporter.bundle.manifest import Head
+    from exporter.bundle.records import Head
     from exporter.graph.signature import signature
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()

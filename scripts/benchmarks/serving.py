@@ -27,6 +27,8 @@ import engines
 from engines.feeds.inputs import random_inputs, sizes
 from engines.serving.runtime import Runtime
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, add_task, export_task
 from lora.files.tensorfile import Array
 from scripts.support.gpt2_medium import base_and_adapters
@@ -153,7 +155,7 @@ def switch(runtime: Runtime, one: str, two: str, inputs: Inputs) -> tuple[float,
 
 def loads(bundle: Bundle, task: str, inputs: Inputs) -> tuple[float, float]:
     """The median times to a first answer: of a runtime that does not hold the task, and of a plain session. Seconds."""
-    model = bundle.path / bundle.task(task).model.path
+    model = bundle.path / bundle.task(task).parts[MODEL].model.path
     ours, plain = [], []
     with engines.open(bundle.path, threads=1, memory=2 * 10**9) as runtime:  # room for one
         for _ in range(4):
@@ -174,7 +176,7 @@ def clocked(runtime: Runtime, task: str, inputs: Inputs) -> float:
 
 
 def inputs_of(bundle: Bundle, task: str, length: int) -> dict[str, Array]:
-    return random_inputs(bundle.graph(bundle.task(task)), bundle.manifest.base.vocabulary, sizes(1, length), seed=0)
+    return random_inputs(task_part(bundle, task).graph, bundle.manifest.base.vocabulary, sizes(1, length), seed=0)
 
 
 def resident_memory() -> float:

@@ -33,6 +33,7 @@ from engines.latency.run import run
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 from engines.latency.workloads import work_of
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, export_task
 from scripts.support.gpt2_medium import base_and_adapters
 
@@ -112,8 +113,8 @@ def measured(folder: Path, loads: Sequence[Load], seconds: float, few: int) -> t
         path = folder / "table1"
         bundle = open_bundle(path) if path.exists() else export_task(Request(base, adapter, "first"), path, step).bundle
         step("making the arms")
-        arms = arms_of(bundle, "first", OnnxRuntimeOpener(1), EXTRAS)
-        [report] = run(bundle, "first", arms, loads[:1], Protocol(seconds), 1, step)
+        arms = arms_of(task_part(bundle, "first"), OnnxRuntimeOpener(1), EXTRAS)
+        [report] = run(task_part(bundle, "first"), arms, loads[:1], Protocol(seconds), 1, step)
         cells = cells_of(report)
         for load in loads[1:]:
             step(f"{load}, {few} rounds")
@@ -140,7 +141,7 @@ def cells_of(report: Report) -> list[Cell]:
 
 def few_cells(bundle: Bundle, arms: Arms, load: Load, rounds: int) -> list[Cell]:
     """Medians of a few rounds: nothing is known of how they differ, so there is no interval."""
-    work = work_of(bundle.graph(bundle.task("first")), bundle.manifest.base.vocabulary, load)
+    work = work_of(task_part(bundle, "first").graph, bundle.manifest.base.vocabulary, load)
     times = np.array(one_at_a_time(arms.arms, work, rounds), float)
     ratios = np.median(times / times[:, :1], axis=0)
     by_arm: Mapping[str, int] = {arm.name: index for index, arm in enumerate(arms.arms)}

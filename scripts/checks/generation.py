@@ -25,6 +25,7 @@ from engines import load
 from engines.feeds.generate import greedy
 from engines.feeds.text import TextEncoder
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, export_task
 from scripts.support.demo_tasks import DATA, SUPERSENSE, held_out
 from scripts.support.packaged_files import smollm2_checkpoint
@@ -58,7 +59,7 @@ def exported(out: Path) -> Bundle:
 
 def compare(bundle: Bundle, task: str, prompts: list[str], tokens: int) -> int:
     """How many tokens differ; printed with the time that each side took."""
-    encoder, graph, model = TextEncoder(bundle), bundle.graph(bundle.task(task)), reference(task)
+    encoder, graph, model = TextEncoder(bundle), task_part(bundle, task).graph, reference(task)
     ours: list[list[int]] = []
     theirs: list[list[int]] = []
     seconds = np.zeros(2)

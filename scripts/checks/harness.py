@@ -33,6 +33,7 @@ from engines.latency.harness import Arm, Protocol, Work, measure, timed
 from engines.latency.report import Load, Verdict
 from engines.latency.verdict import AGAIN, BASE, MERGED
 from engines.latency.workloads import work_of
+from exporter.bundle.task_part import task_part
 from exporter.graph.external_data import load_graph
 from exporter.task import Request, export_task
 from lora.files.tensorfile import Array
@@ -76,10 +77,10 @@ def main() -> int:
 def check(bundle: Path, length: int, seconds: float) -> tuple[list[Case], float]:
     """Every case, and the harness's own µs a sample."""
     opened = export_task(Request(minilm(), None, "plain"), bundle).bundle
-    plain = load_graph(bundle / opened.task("plain").model.path)
+    plain = load_graph(bundle / task_part(opened, "plain").part.model.path)
     graphs = {"nothing": plain, "about 2 %": with_delay(plain)}
     load = Load(1, length)
-    work = work_of(opened.graph(opened.task("plain")), opened.manifest.base.vocabulary, load)
+    work = work_of(task_part(opened, "plain").graph, opened.manifest.base.vocabulary, load)
     cases = []
     for busy in (False, True):
         for planted, graph in graphs.items():
@@ -98,7 +99,7 @@ def check(bundle: Path, length: int, seconds: float) -> tuple[list[Case], float]
                 )
             )
     short = random_inputs(
-        opened.graph(opened.task("plain")), opened.manifest.base.vocabulary, sizes(1, 2), seed=0
+        task_part(opened, "plain").graph, opened.manifest.base.vocabulary, sizes(1, 2), seed=0
     )  # about a millisecond
     return cases, harness_overhead(plain, bundle, short)
 

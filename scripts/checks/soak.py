@@ -27,6 +27,7 @@ import engines
 from engines.feeds.inputs import random_inputs, sizes
 from engines.serving.runtime import Mode, Runtime
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import task_part
 from lora.files.tensorfile import Array
 from scripts.support.minilm_bundle import demo_bundle, with_further
 
@@ -70,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = with_further(demo_bundle(Path(folder) / "bundle"), 97)
         inputs = {
-            length: random_inputs(bundle.graph(bundle.task("movies")), 30522, sizes(1, length), seed=length)
+            length: random_inputs(task_part(bundle, "movies").graph, 30522, sizes(1, length), seed=length)
             for length in LENGTHS
         }
         oracles = {

@@ -13,10 +13,6 @@ import argparse
 import numpy as np
 
 import engines
-from engines.feeds.generate import greedy
-from engines.feeds.inputs import empty_cache
-from exporter.bundle.manifest import Graph
-from lora.files.tensorfile import Array
 
 
 def main() -> None:
@@ -33,18 +29,18 @@ def main() -> None:
     parser.add_argument("--mode", choices=("dedicated", "resident"), default="dedicated")
     arguments = parser.parse_args()
     with engines.open(arguments.bundle, arguments.mode) as runtime:
-        task = runtime.bundle.task(arguments.task)
-        inputs = one_row(runtime.bundle.graph(task), arguments.ids)
+        labels = runtime.labels(arguments.task)
+        inputs = one_row(runtime.graph(arguments.task), arguments.ids)
         with runtime.use(arguments.task) as loaded:
             if arguments.tokens:
-                (tokens,) = greedy(loaded, inputs, arguments.tokens)
+                (tokens,) = engines.greedy(loaded, inputs, arguments.tokens)
                 print(",".join(map(str, tokens)))
                 return
             (row,) = loaded.run(inputs)["logits"]
-        print(f"{task.labels[row.argmax()]} {row.max():.6f}" if task.labels else f"{row[0]:.6f}")
+        print(f"{labels[row.argmax()]} {row.max():.6f}" if labels else f"{row[0]:.6f}")
 
 
-def one_row(graph: Graph, ids: list[int]) -> dict[str, Array]:
+def one_row(graph: engines.Graph, ids: list[int]) -> dict[str, np.ndarray]:
     """The graph's inputs for one unpadded row of token ids."""
     row = np.array([ids], np.int64)
     known = {
@@ -53,7 +49,9 @@ def one_row(graph: Graph, ids: list[int]) -> dict[str, Array]:
         "token_type_ids": np.zeros_like(row),
         "position_ids": np.arange(len(ids))[None],
     }
-    return {port.name: known[port.name] for port in graph.inputs if port.name in known} | empty_cache(graph, rows=1)
+    return {port.name: known[port.name] for port in graph.inputs if port.name in known} | engines.empty_cache(
+        graph, rows=1
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 import engines.commands.main
 from engines.backends import BuildOptions
-from engines.building.build import build
+from engines.building.build import Asked, build
 from exporter.bundle.manifest import Bundle
 from lora.files.tensorfile import Array
 
@@ -29,7 +29,7 @@ def rtx_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
     """The tiny bundle with a TensorRT-RTX engine of its task, for 8.9. Tests that change it use ``rtx_copy``."""
     pytest.importorskip("tensorrt_rtx")
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path_factory.mktemp("rtx") / "bundle"))
-    build(path, "first", "tensorrt-rtx", BuildOptions(("8.9",)))
+    build(path, "first", Asked("tensorrt-rtx", BuildOptions(("8.9",))))
     return path
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import engines
 from engines.backends import BACKENDS, BackendName, BuildOptions, backend
-from engines.building.build import build, build_unadapted
+from engines.building.build import Asked, build, build_unadapted
 from engines.building.layer_diff import compared
 from engines.building.refit_proof import prove
 from engines.feeds.inputs import random_inputs, sizes
@@ -26,6 +26,8 @@ from engines.latency.price import price
 from engines.latency.report import Load
 from engines.latency.run import run
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 
@@ -58,12 +60,12 @@ def flavour(name: BackendName) -> BackendName:
 
 @pytest.fixture
 def built(name: BackendName, tiny_copy: Path) -> Path:
-    build(tiny_copy, "first", name, BuildOptions())
+    build(tiny_copy, "first", Asked(name, BuildOptions()))
     return tiny_copy
 
 
 def inputs_of(bundle: Bundle) -> Iterator[dict[str, Array]]:
-    graph = bundle.graph(bundle.task("first"))
+    graph = task_part(bundle, "first").graph
     for shape in SHAPES:
         yield random_inputs(graph, bundle.manifest.base.vocabulary, sizes(*shape), seed=0)
 
@@ -107,7 +109,7 @@ def test_contexts_over_one_engine_answer_alike(built: Path, flavour: BackendName
 
 def test_an_engine_that_was_built_for_no_such_shape_refuses_it(built: Path, flavour: BackendName):
     bundle = open_bundle(built)
-    long = random_inputs(bundle.graph(bundle.task("first")), 9, sizes(1, 4000), seed=0)
+    long = random_inputs(task_part(bundle, "first").graph, 9, sizes(1, 4000), seed=0)
     with (
         engines.load(built, "first", flavour) as session,
         pytest.raises(EngineError, match=r"no optimization profile of this engine takes .*1x4000"),
@@ -120,7 +122,7 @@ def test_a_plan_that_is_none_is_refused_in_one_line(
     built: Path, flavour: BackendName, content: bytes | None, tmp_path: Path
 ):
     bundle = open_bundle(built)
-    whole = bundle.checked(bundle.task("first").engines[flavour].file).read_bytes()
+    whole = bundle.checked(bundle.task("first").parts[MODEL].engines[flavour].file).read_bytes()
     (tmp_path / "plan").write_bytes(whole[: len(whole) // 2] if content is None else content)
     with pytest.raises(EngineError, match="the plan was refused: ") as refused:
         backend(flavour).load(engines.backends.Model(b"", tmp_path), tmp_path / "plan")
@@ -129,7 +131,7 @@ def test_a_plan_that_is_none_is_refused_in_one_line(
 
 def test_the_tasks_engine_and_the_bases_have_the_same_layers_and_tactics(built: Path, flavour: BackendName):
     """With the timing cache that the first build leaves in the bundle."""
-    build_unadapted(built, "first", flavour, BuildOptions())
+    build_unadapted(built, "first", Asked(flavour, BuildOptions()))
     found = compared(open_bundle(built), "first", flavour)
     assert (found.layers > 5, found.differences) == (True, ())
 
@@ -138,12 +140,12 @@ def test_the_tasks_engine_and_the_bases_have_the_same_layers_and_tactics(built: 
 def test_a_shared_engine_is_proven_and_then_answers_as_a_built_one(built: Path, flavour: BackendName, mode: str):
     options = BuildOptions(mode=mode)
     own = outputs(built, flavour)
-    build_unadapted(built, "first", flavour, options)
-    proof = prove(built, "first", flavour, options)
+    build_unadapted(built, "first", Asked(flavour, options))
+    proof = prove(built, "first", Asked(flavour, options))
     assert proof.moved > 10 * proof.difference
     bundle = open_bundle(built)
-    del bundle.task("first").engines[flavour]  # so that the shared one is loaded
-    from exporter.bundle.manifest import encode
+    del bundle.task("first").parts[MODEL].engines[flavour]  # so that the shared one is loaded
+    from exporter.bundle.records import encode
 
     (built / "manifest.json").write_bytes(encode(bundle.manifest))
     assert_close(outputs(built, flavour), own)
@@ -153,22 +155,22 @@ def test_a_second_build_takes_the_timings_of_the_first(built: Path, name: Backen
     if name != "tensorrt":
         pytest.skip(f"{name} keeps no timing cache in the bundle")
     (cache,) = open_bundle(built).manifest.timing_caches.values()
-    build_unadapted(built, "first", name, BuildOptions())
+    build_unadapted(built, "first", Asked(name, BuildOptions()))
     assert len(open_bundle(built).manifest.timing_caches) == 1
     assert cache.size > 0
 
 
 def test_every_way_to_an_engine_has_its_price(built: Path, flavour: BackendName, capsys: pytest.CaptureFixture[str]):
-    priced = price(open_bundle(built), "first", flavour, BuildOptions())
+    priced = price(task_part(open_bundle(built), "first"), Asked(flavour, BuildOptions()))
     failed = [one for one in priced if one.note and one.note.startswith("not on this machine")]
     assert failed == [], [asdict(one) for one in failed]
 
 
 def test_a_tasks_latency_is_measured_with_the_devices_own_times(built: Path, flavour: BackendName):
-    build_unadapted(built, "first", flavour, BuildOptions())
+    build_unadapted(built, "first", Asked(flavour, BuildOptions()))
     bundle, load = open_bundle(built), Load(1, 16)
     with opener(flavour, 1) as opens:
-        arms = arms_of(bundle, "first", opens, ["adapter-h"])
+        arms = arms_of(task_part(bundle, "first"), opens, ["adapter-h"])
         [report] = run(bundle, "first", arms, [load], Protocol(5.0), 1)
     [point] = report.points
     assert (
@@ -182,7 +184,7 @@ def test_a_tasks_latency_is_measured_with_the_devices_own_times(built: Path, fla
 
 
 def test_a_runtime_serves_plans_to_many_threads(built: Path, flavour: BackendName):
-    build_unadapted(built, "first", flavour, BuildOptions())
+    build_unadapted(built, "first", Asked(flavour, BuildOptions()))
     given = list(inputs_of(open_bundle(built))) * 4
     wanted = outputs(built, flavour) * 4
     with engines.open(built, backend_name=flavour) as runtime, ThreadPoolExecutor(4) as pool:

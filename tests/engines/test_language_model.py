@@ -16,11 +16,12 @@ import transformers
 
 from engines import load
 from engines.backends import BuildOptions
-from engines.building.build import build
+from engines.building.build import Asked, build
 from engines.feeds.generate import greedy, stop_tokens
 from engines.feeds.inputs import empty_cache, random_inputs, sizes
 from engines.feeds.text import TextEncoder
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, export_task
 from lora.errors import BundleError, EngineError
 
@@ -84,7 +85,7 @@ def test_run_completes_a_text(language: Bundle):
     (made,) = json.loads(lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5", "--json"))
     encoder = TextEncoder(language)
     with load(language.path, "chat", threads=1) as session:
-        inputs = encoder.encode([PROMPT], language.graph(language.task("chat")))
+        inputs = encoder.encode([PROMPT], task_part(language, "chat").graph)
         (tokens,) = greedy(session, inputs, 5, stop_tokens(language))
     completion = encoder.completion(inputs["input_ids"][0].tolist(), tokens)
     assert made == {"text": PROMPT, "completion": completion, "tokens": tokens}
@@ -97,7 +98,7 @@ def test_run_completes_a_text(language: Bundle):
 
 @pytest.mark.parametrize("mode", ["dedicated", "resident"])
 def test_the_example_generates_what_the_command_does(language: Bundle, mode: str):
-    (prompt,) = TextEncoder(language).encode([PROMPT], language.graph(language.task("chat")))["input_ids"].tolist()
+    (prompt,) = TextEncoder(language).encode([PROMPT], task_part(language, "chat").graph)["input_ids"].tolist()
     (made,) = json.loads(lorafuse("run", language.path, "--task", "chat", "--text", PROMPT, "--tokens", "5", "--json"))
     command = [
         sys.executable,
@@ -116,7 +117,7 @@ def test_the_example_generates_what_the_command_does(language: Bundle, mode: str
 
 
 def test_a_batch_of_prompts_is_completed_as_each_alone(language: Bundle):
-    encoder, graph = TextEncoder(language), language.graph(language.task("chat"))
+    encoder, graph = TextEncoder(language), task_part(language, "chat").graph
     texts = [PROMPT, "of", "the quick brown fox jumps over the lazy dog"]
     with load(language.path, "chat", threads=1) as session:
         together = greedy(session, encoder.encode(texts, graph), 6)
@@ -194,11 +195,11 @@ def test_the_tensorrt_rtx_builder_builds_it(request: pytest.FixtureRequest, kind
     pytest.importorskip("tensorrt_rtx")
     bundle = request.getfixturevalue(kind)
     (task,) = bundle.manifest.tasks
-    assert build(bundle.path, task, "tensorrt-rtx", BuildOptions(("8.9",))).size > 10_000
+    assert build(bundle.path, task, Asked("tensorrt-rtx", BuildOptions(("8.9",)))).size > 10_000
 
 
 def test_random_inputs_of_a_decoder_go_together(language: Bundle):
-    graph = language.graph(language.task("chat"))
+    graph = task_part(language, "chat").graph
     inputs = random_inputs(graph, 30522, sizes(2, length=3, past=4), seed=0)
     assert inputs["attention_mask"].shape == (2, 7)
     np.testing.assert_array_equal(inputs["position_ids"], [[4, 5, 6]] * 2)
@@ -209,6 +210,6 @@ def test_random_inputs_of_a_decoder_go_together(language: Bundle):
 
 
 def test_a_cache_of_another_length_than_the_mask_says_is_refused(language: Bundle):
-    inputs = random_inputs(language.graph(language.task("chat")), 30522, sizes(1, length=2, past=4), seed=0)
+    inputs = random_inputs(task_part(language, "chat").graph, 30522, sizes(1, length=2, past=4), seed=0)
     with load(language.path, "chat", threads=1) as session, pytest.raises(EngineError, match="can't run these inputs"):
         session.run({**inputs, "attention_mask": np.ones((1, 5), np.int64)})

@@ -14,7 +14,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from exporter.bundle.manifest import all_files, open_bundle
+from exporter.bundle.manifest import open_bundle
+from exporter.bundle.records import all_files
 from lora.errors import LorafuseError
 from lora.files.tensorfile import Array
 

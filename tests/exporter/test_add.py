@@ -20,7 +20,9 @@ from exporter.bundle.changes import merged_at_load
 from exporter.bundle.check import check_bundle
 from exporter.bundle.edits import remove_task
 from exporter.bundle.listing import listing
-from exporter.bundle.manifest import Bundle, Store, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, Store
+from exporter.bundle.task_part import task_part
 from exporter.proof.verify import verify
 from exporter.task import Request, add_task, export_task
 from lora.errors import AdapterError, BundleError, ExportError
@@ -102,7 +104,7 @@ def test_damaged_base_weights_are_found_before_anything_changes(
 
 def test_a_graph_that_is_damaged_is_not_taken_for_another_task(tiny_copy: Path, write_adapter, refuses):
     adapter = write_adapter(seed=1)
-    flip_the_last_byte(tiny_copy / open_bundle(tiny_copy).task("first").model.path)
+    flip_the_last_byte(tiny_copy / open_bundle(tiny_copy).task("first").parts[MODEL].model.path)
     with refuses(BundleError, "no task has a SEQ_CLS head of 2 outputs yet"):
         add_task(tiny_copy, adapter, "second")
 
@@ -137,11 +139,11 @@ def test_factors_hold_what_the_adapter_brings_whole_and_no_merged_tensor(stored_
 
 def test_factors_are_merged_into_the_numbers_that_a_dense_task_has(stored_both_ways: Path, token_ids):
     bundle = open_bundle(stored_both_ways)
-    dense = TensorFile(stored_both_ways / bundle.task("dense").weights.path)
-    merged = merged_at_load(bundle, "factors")
+    dense = TensorFile(stored_both_ways / bundle.task("dense").parts[MODEL].weights.path)
+    merged = merged_at_load(task_part(bundle, "factors"))
     assert len(merged) == 4
     assert all(np.array_equal(values, dense[f"{name}@1,0"].T) for name, values in merged.items())
-    assert merged_at_load(bundle, "dense") == {}
+    assert merged_at_load(task_part(bundle, "dense")) == {}
     np.testing.assert_array_equal(
         outputs(stored_both_ways, "factors", token_ids()), outputs(stored_both_ways, "dense", token_ids())
     )
@@ -164,7 +166,7 @@ def test_a_task_stored_as_factors_is_verified_like_another(stored_both_ways: Pat
 
 def test_an_engine_that_leaves_the_factors_out_is_not_within_the_bound(stored_both_ways: Path, token_ids):
     bundle = open_bundle(stored_both_ways)
-    plain = onnxruntime.InferenceSession(stored_both_ways / bundle.task("factors").model.path)
+    plain = onnxruntime.InferenceSession(stored_both_ways / bundle.task("factors").parts[MODEL].model.path)
     assert not verify(
         bundle, "factors", [token_ids()], {"engine": lambda inputs: plain.run(None, dict(inputs))[0]}
     ).passed
@@ -195,7 +197,7 @@ def test_the_base_as_a_task_is_the_base(headed: Path, token_ids):
         model = transformers.BertForSequenceClassification.from_pretrained(headed.parent / "headed").eval()
         want = model(**{name: torch.from_numpy(values) for name, values in token_ids().items()}).logits.numpy()
     np.testing.assert_allclose(outputs(headed, "unadapted", token_ids()), want, atol=1e-5)
-    assert verify(bundle, "unadapted", [token_ids()], {}).passed
+    assert verify(task_part(bundle, "unadapted"), [token_ids()], {}).passed
 
 
 def test_the_bases_own_head_comes_with_the_first_task_that_needs_it(
@@ -229,8 +231,8 @@ def test_factors_without_a_head_share_one_graph_that_stock_runtimes_open(headed:
     for seed, name in enumerate(("a", "b")):
         add_task(headed, without_head(write_adapter, name, seed), name, store="factors")
     bundle = open_bundle(headed)
-    shared = bundle.task("a").model
-    assert shared == bundle.task("b").model == bundle.task("unadapted").model
+    shared = bundle.task("a").parts[MODEL].model
+    assert shared == bundle.task("b").parts[MODEL].model == bundle.task("unadapted").parts[MODEL].model
     assert shared.path.startswith("base-")
     plain = onnxruntime.InferenceSession(headed / shared.path).run(None, token_ids())[0]
     np.testing.assert_array_equal(plain, outputs(headed, "unadapted", token_ids()))
@@ -321,7 +323,7 @@ def test_a_base_with_embeddings_apart_whatever_its_config_says_takes_further_tas
     exported = export_task(
         Request(base, adapter, "further"), Path(shutil.copytree(tmp_path / "bundle", tmp_path / "other"))
     )
-    assert not added.bundle.graph(added.bundle.task("further")).head.tied
+    assert not task_part(added.bundle, "further").graph.head.tied
     assert added.bundle.manifest == exported.bundle.manifest
 
 

@@ -32,6 +32,7 @@ from tiny_models import (
 )
 
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import MODEL
 from exporter.graph.digest import graph_digest
 from exporter.task import Exported
 from lora.files.tensorfile import Array
@@ -121,7 +122,12 @@ def test_all_tasks_of_a_head_have_one_graph_and_the_second_is_not_traced(case: C
     digests = {
         graph_digest(onnx.load(model_path(bundle, task), load_external_data=False)) for task in ("adapted", "other")
     }
-    assert digests == {bundle.task("adapted").graph} == {bundle.task("other").graph} == set(bundle.manifest.graphs)
+    assert (
+        digests
+        == {bundle.task("adapted").parts[MODEL].graph}
+        == {bundle.task("other").parts[MODEL].graph}
+        == set(bundle.manifest.graphs)
+    )
     assert not other.exported.traced
 
 
@@ -131,7 +137,7 @@ def test_a_trace_of_the_unadapted_base_gives_the_graph_of_the_merged_model(case:
     assert alone.traced
     assert (
         graph_digest(onnx.load(model_path(alone.bundle, "unadapted"), load_external_data=False))
-        == case.bundle.task("adapted").graph
+        == case.bundle.task("adapted").parts[MODEL].graph
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.bundle.manifest import Head
+from exporter.bundle.records import Head
 from exporter.heads import head_of, is_of_head
 from lora.adapter import Adapter, LowRank, Replacement, Rows
 from lora.errors import ExportError

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 import exporter
 from exporter.bundle.check import check_bundle
-from exporter.bundle.manifest import MODULE, Bundle, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
+from exporter.bundle.task_types import MODULE
 from exporter.proof.reference import merged_values, torch_runner
 from exporter.proof.verify import verify
 from exporter.task import add_task
@@ -68,7 +71,7 @@ def save_adapter(folder: Path, seed: int = 0) -> Path:
 
 
 def run(bundle: Bundle, task: str, **inputs: Tensor) -> list[Array]:
-    session = onnxruntime.InferenceSession(bundle.path / bundle.task(task).model.path)
+    session = onnxruntime.InferenceSession(bundle.path / bundle.task(task).parts[MODEL].model.path)
     return session.run(None, {name: values.numpy() for name, values in inputs.items()})
 
 
@@ -106,11 +109,11 @@ def test_the_graph_computes_what_the_module_and_pefts_merge_compute(
 
 
 def test_every_weight_keeps_its_name_a_batchnorms_too(bundle: Bundle):
-    assert bundle.graph(bundle.task("one")).weights.keys() == {
+    assert task_part(bundle, "one").graph.weights.keys() == {
         name for name, value in Network().state_dict().items() if value.is_floating_point()
     }
     assert len(bundle.manifest.base.weights) == len(bundle.manifest.graphs) == 1
-    assert bundle.graph(bundle.task("one")).head.task_type == MODULE
+    assert task_part(bundle, "one").graph.head.task_type == MODULE
 
 
 def test_the_module_is_left_as_it_was(tmp_path: Path):
@@ -135,14 +138,16 @@ def test_axes_outputs_and_precision_are_the_callers(tmp_path: Path):
         outputs=("mixed", "summed"),
         precision="float16",
     )
-    graph = exported.bundle.graph(exported.bundle.task("plain"))
+    graph = task_part(exported.bundle, "plain").graph
     assert [(port.name, port.dtype, port.shape) for port in (*graph.inputs, *graph.outputs)] == [
         ("tokens", "int64", ("rows", "length")),
         ("weights", "float32", ("rows", "length")),
         ("mixed", "float32", ("rows", "length", 5)),
         ("summed", "float32", ("rows", 5)),
     ]
-    assert {values.dtype for values in merged_values(exported.bundle, "plain").values()} == {np.dtype(np.float16)}
+    assert {values.dtype for values in merged_values(task_part(exported.bundle, "plain")).values()} == {
+        np.dtype(np.float16)
+    }
     tokens, weights = torch.arange(9).reshape(3, 3), torch.rand(3, 3)
     with torch.no_grad():
         want = TwoAndTwo()(tokens, weights)
@@ -176,8 +181,8 @@ def test_a_recurrent_network_is_onnxs_own_over_any_length(tmp_path: Path):
     bundle = exporter.export(
         Recurrent(), tokens, tmp_path / "bundle", task="one", adapter=tmp_path / "adapter", axes=axes
     ).bundle
-    assert bundle.graph(bundle.task("one")).weights.keys() == Recurrent().state_dict().keys()
-    assert bundle.graph(bundle.task("one")).outputs[0].shape == ("batch", "length", 3)
+    assert task_part(bundle, "one").graph.weights.keys() == Recurrent().state_dict().keys()
+    assert task_part(bundle, "one").graph.outputs[0].shape == ("batch", "length", 3)
     merged = peft.PeftModel.from_pretrained(Recurrent().eval(), tmp_path / "adapter").merge_and_unload()
     for length in (1, 5, 9):
         other = torch.arange(3 * length).reshape(3, length) % 15
@@ -188,7 +193,7 @@ def test_a_recurrent_network_is_onnxs_own_over_any_length(tmp_path: Path):
 
 def test_axes_that_are_not_named_are_fixed(tmp_path: Path):
     bundle = exporter.export(Network(), IMAGES, tmp_path / "bundle", task="plain", axes={}).bundle
-    assert bundle.graph(bundle.task("plain")).inputs[0].shape == (2, 3, 6, 6)
+    assert task_part(bundle, "plain").graph.inputs[0].shape == (2, 3, 6, 6)
 
 
 class Untraceable(nn.Module):
@@ -227,9 +232,9 @@ def test_the_bundle_can_not_rebuild_the_module_and_says_so(bundle: Bundle):
     with pytest.raises(
         ExportError, match=r"task 'one' was exported from a Python module, which the bundle can't rebuild"
     ):
-        torch_runner(bundle, "one", merged_values(bundle, "one"))
+        torch_runner(task_part(bundle, "one"), merged_values(task_part(bundle, "one")))
     with pytest.raises(ExportError, match="compare with the module itself"):
-        verify(bundle, "one", [{"image": IMAGES["image"].numpy()}], {})
+        verify(task_part(bundle, "one"), [{"image": IMAGES["image"].numpy()}], {})
 
 
 def test_the_manifest_of_a_module_reads_like_another(bundle: Bundle):

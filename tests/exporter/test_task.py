@@ -19,8 +19,10 @@ from onnx import TensorProto
 from safetensors.numpy import load_file, save_file
 
 from exporter.bundle.layout import key, to_graph
-from exporter.bundle.manifest import Bundle, Engine, encode, open_bundle, task_files
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, Engine, encode, task_files
 from exporter.bundle.staging import describe
+from exporter.bundle.task_part import task_part
 from exporter.proof.reference import merged_values, torch_runner
 from exporter.task import Request, export_task
 from lora.errors import AdapterError, BundleError, CheckpointError, ExportError, LorafuseError
@@ -38,7 +40,7 @@ NO_CHANGE = {f"{module}.lora_B.weight": np.zeros((32, 4)) for module in MODULES}
 
 
 def model_path(bundle: Bundle, task: str) -> Path:
-    return bundle.path / bundle.task(task).model.path
+    return bundle.path / bundle.task(task).parts[MODEL].model.path
 
 
 # --- What is in a bundle -------------------------------------------------------------------------------------------
@@ -49,12 +51,12 @@ def test_weights_bear_the_names_of_the_torch_parameters(real_bundle: Bundle, rea
     model = transformers.AutoModelForSequenceClassification.from_pretrained(real_base, num_labels=len(task.labels))
     graph = onnx.load(model_path(real_bundle, task.name), load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL}
-    assert stored == set(model.state_dict()) == set(real_bundle.graph(real_bundle.task(task.name)).weights)
+    assert stored == set(model.state_dict()) == set(task_part(real_bundle, task.name).graph.weights)
     assert all(tensor.ByteSize() < 8192 for tensor in graph.initializer if tensor.name not in stored)
 
 
 def test_zero_biases_and_layer_norms_of_ones_are_no_less_stored(tiny_bundle: Bundle, tiny_base: Path):
-    values = merged_values(tiny_bundle, "first")
+    values = merged_values(task_part(tiny_bundle, "first"))
     parameters = load_file(tiny_base / "model.safetensors")
     assert values.keys() == {f"bert.{name}" for name in parameters} | HEAD
     zeros, ones = ([name for name, array in parameters.items() if (array == value).all()] for value in (0, 1))
@@ -67,7 +69,7 @@ def test_zero_biases_and_layer_norms_of_ones_are_no_less_stored(tiny_bundle: Bun
 
 
 def test_the_weights_that_onnx_finds_are_the_merged_models(tiny_bundle: Bundle):
-    weights, values = tiny_bundle.graph(tiny_bundle.task("first")).weights, merged_values(tiny_bundle, "first")
+    weights, values = task_part(tiny_bundle, "first").graph.weights, merged_values(task_part(tiny_bundle, "first"))
     loaded = {tensor.name: tensor for tensor in onnx.load(model_path(tiny_bundle, "first")).graph.initializer}
     for name, order in weights.items():
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(loaded[name]), to_graph(values[name], order))
@@ -102,7 +104,7 @@ def test_a_second_head_adds_a_graph_but_no_base_weights(real_bundle: Bundle):
         places = {
             entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
         }
-        assert places == {base_file, real_bundle.task(task).weights.path}
+        assert places == {base_file, real_bundle.task(task).parts[MODEL].weights.path}
 
 
 def test_second_task_with_the_same_head_adds_no_base_weights_and_needs_no_trace(
@@ -123,9 +125,9 @@ def test_second_task_with_the_same_head_adds_no_base_weights_and_needs_no_trace(
 
 def test_what_an_export_reports_is_what_lies_on_disk(tiny_copy: Path, tiny_base: Path, write_adapter):
     exported = export_task(Request(tiny_base, write_adapter(seed=1), "second"), tiny_copy)
-    assert {
-        key(name, exported.bundle.graph(exported.bundle.task("second")).weights[name]) for name in exported.changed
-    } == set(TensorFile(tiny_copy / exported.bundle.task("second").weights.path))
+    assert {key(name, task_part(exported.bundle, "second").graph.weights[name]) for name in exported.changed} == set(
+        TensorFile(tiny_copy / exported.bundle.task("second").parts[MODEL].weights.path)
+    )
     assert open_bundle(tiny_copy) == exported.bundle
 
 
@@ -187,7 +189,7 @@ def test_stock_onnxruntime_loads_the_model_by_path_and_equals_torch(
 ):
     inputs = token_ids(shape)
     got = onnxruntime.InferenceSession(str(model_path(real_bundle, task))).run(None, inputs)[0]
-    want = torch_runner(real_bundle, task, merged_values(real_bundle, task))(inputs)
+    want = torch_runner(task_part(real_bundle, task), merged_values(task_part(real_bundle, task)))(inputs)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
@@ -267,14 +269,14 @@ def with_engine(bundle: Path) -> Engine:
 def test_engines_survive_the_same_export_again(tiny_copy: Path, tiny_base: Path, check_files):
     engine = with_engine(tiny_copy)
     again = export_task(Request(tiny_base, tiny_adapter(tiny_copy), "first"), tiny_copy)
-    assert again.bundle.task("first").engines == {"tensorrt": engine}
+    assert again.bundle.task("first").parts[MODEL].engines == {"tensorrt": engine}
     check_files(tiny_copy)
 
 
 def test_engines_of_another_adapter_go(tiny_copy: Path, tiny_base: Path, write_adapter):
     with_engine(tiny_copy)
     again = export_task(Request(tiny_base, write_adapter(seed=5), "first"), tiny_copy)
-    assert again.bundle.task("first").engines == {}
+    assert again.bundle.task("first").parts[MODEL].engines == {}
     assert not (tiny_copy / "engines").exists()
 
 

@@ -32,6 +32,7 @@ from tiny_models import (
 )
 
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import task_part
 from lora.files.tensorfile import Array
 
 BOUND = 1e-5  # of the largest output, as for untied models
@@ -68,7 +69,7 @@ class Case:
 
     def values(self, task: str) -> dict[str, Array]:
         """Their values, in the model's axis order."""
-        order = self.bundle.graph(self.bundle.task(task)).weights
+        order = task_part(self.bundle, task).graph.weights
         loaded = {tensor.name: tensor for tensor in onnx.load(model_path(self.bundle, task)).graph.initializer}
         return {
             name: numpy_helper.to_array(loaded[name]).transpose(np.argsort(order[name] or (0, 1)))
@@ -129,13 +130,13 @@ def test_the_tasks_differ_from_the_base_and_from_each_other(case: Case):
 @pytest.mark.parametrize("task", STAY_TIED)
 def test_an_adapter_that_changes_both_or_neither_leaves_one_initializer(case: Case, task: str):
     assert case.embeddings(task).keys() == {INPUT}
-    assert case.bundle.graph(case.bundle.task(task)).head.tied
+    assert task_part(case.bundle, task).graph.head.tied
 
 
 @pytest.mark.parametrize("task", UNTIE)
 def test_an_adapter_that_changes_one_of_the_two_makes_them_two(case: Case, task: str):
     assert case.embeddings(task).keys() == {INPUT, OUTPUT}
-    assert not case.bundle.graph(case.bundle.task(task)).head.tied
+    assert not task_part(case.bundle, task).graph.head.tied
 
 
 @pytest.mark.parametrize("task", ["attention", "saved-output", "output"])

@@ -14,7 +14,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from engines import load
-from exporter.bundle.manifest import Head
+from exporter.bundle.records import Head
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, export_task
 from exporter.transformers_base import base_weights, check_config, input_limits, skeleton
 from lora.errors import ExportError
@@ -149,7 +150,7 @@ def test_the_exported_graph_takes_the_longest_input(name: str, tmp_path: Path):
     row = np.full((1, longest), 5)
     known = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
     with load(bundle.path, "unadapted", threads=1) as session:
-        logits = session.run({port.name: known[port.name] for port in bundle.graph(bundle.task("unadapted")).inputs})[
+        logits = session.run({port.name: known[port.name] for port in task_part(bundle, "unadapted").graph.inputs})[
             "logits"
         ]
     assert np.isfinite(logits).all()

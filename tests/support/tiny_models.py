@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import MODEL
 from exporter.task import Exported, Request, export_task
 from lora.files.tensorfile import Array
 
@@ -272,7 +273,7 @@ def export(
 
 
 def model_path(bundle: Bundle, task: str) -> Path:
-    return bundle.path / bundle.task(task).model.path
+    return bundle.path / bundle.task(task).parts[MODEL].model.path
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:

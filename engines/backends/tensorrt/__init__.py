@@ -46,6 +46,11 @@ class TensorRT:
     def __init__(self, trt: Any) -> None:
         self._trt = trt
 
+    @property
+    def has_plans(self) -> bool:
+        """An engine is a plan."""
+        return True
+
     def version(self) -> str:
         """The flavour's version; RTX counts from 1."""
         return str(self._trt.__version__)

@@ -24,6 +24,7 @@ from engines.backends import (
 from engines.backends.providers import PLUGIN
 from engines.serving.load import task_model
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import task_part
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 from lora.progress import unheard
@@ -58,7 +59,7 @@ def chosen(name: BackendName) -> Backend:
 
 @pytest.fixture
 def tiny_model(tiny_bundle: Bundle) -> Model:
-    return task_model(tiny_bundle, "first")
+    return task_model(task_part(tiny_bundle, "first"))
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from engines.backends import BuildOptions, Model
 from engines.backends.onnxruntime import OnnxRuntime
 from engines.serving.load import task_model
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 from lora.progress import unheard
@@ -28,7 +30,7 @@ MAKE = "from engines.backends import backend; print(backend('onnxruntime').versi
 
 @pytest.fixture
 def tiny_model(tiny_bundle: Bundle) -> Model:
-    return task_model(tiny_bundle, "first")
+    return task_model(task_part(tiny_bundle, "first"))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_weights_are_found_from_the_bytes_and_the_folder(
     tiny_bundle: Bundle, tokens: dict[str, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = Path(shutil.copytree(tiny_bundle.path, tmp_path / "elsewhere"))
-    graph = folder / tiny_bundle.task("first").model.path
+    graph = folder / tiny_bundle.task("first").parts[MODEL].model.path
     stock = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]).run(["logits"], tokens)[0]
     monkeypatch.chdir(tmp_path)
     with OnnxRuntime().load(Model(graph.read_bytes(), folder), None) as session:

@@ -14,10 +14,11 @@ import pytest
 
 from engines.backends import AxisRange, BuildOptions, Model, Plan, backend
 from engines.backends.onnxruntime import OnnxRuntime
-from engines.building.build import Built, build, build_unadapted
+from engines.building.build import Asked, Built, build, build_unadapted
 from engines.building.refit_proof import _proven, prove
 from exporter.bundle.edits import remove_task
-from exporter.bundle.manifest import Bundle, Manifest, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, Manifest, encode
 from exporter.task import Request, export_task
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import file_sha256
@@ -39,45 +40,45 @@ def plans(bundle: Path) -> list[str]:
 
 def test_engine_is_recorded_with_version_target_and_model(rtx_bundle: Path):
     bundle = open_bundle(rtx_bundle)
-    engine = bundle.task("first").engines["tensorrt-rtx"]
+    engine = bundle.task("first").parts[MODEL].engines["tensorrt-rtx"]
     assert (engine.backend, engine.version, engine.target) == ("tensorrt-rtx", backend("tensorrt-rtx").version(), "8.9")
-    assert engine.model_sha256 == bundle.task("first").model.sha256
+    assert engine.model_sha256 == bundle.task("first").parts[MODEL].model.sha256
     assert engine.file is not None
     assert bundle.checked(engine.file).stat().st_size == engine.file.size
 
 
 def test_onnxruntime_engine_is_the_model_itself_and_adds_no_file(tiny_copy: Path):
     before = set(contents(tiny_copy))
-    built = build(tiny_copy, "first", "onnxruntime", DEFAULTS)
+    built = build(tiny_copy, "first", Asked("onnxruntime", DEFAULTS))
     assert (built.task, built.size, built.engine.file, built.engine.target) == (
         "first",
         0,
         None,
         "CPUExecutionProvider",
     )
-    assert open_bundle(tiny_copy).task("first").engines == {"onnxruntime": built.engine}
+    assert open_bundle(tiny_copy).task("first").parts[MODEL].engines == {"onnxruntime": built.engine}
     assert set(contents(tiny_copy)) == before
 
 
 def test_built_engine_reports_its_plans_size(tiny_copy: Path):
     pytest.importorskip("tensorrt_rtx")
-    built = build(tiny_copy, "first", "tensorrt-rtx", DEFAULTS)
+    built = build(tiny_copy, "first", Asked("tensorrt-rtx", DEFAULTS))
     assert built.engine.target == "portable"
     assert [tiny_copy / path for path in plans(tiny_copy)] == [tiny_copy / built.engine.file.path]
     assert built.size == (tiny_copy / built.engine.file.path).stat().st_size
 
 
 def test_engines_of_two_backends_stand_side_by_side(rtx_copy: Path):
-    build(rtx_copy, "first", "onnxruntime", DEFAULTS)
-    assert list(open_bundle(rtx_copy).task("first").engines) == ["onnxruntime", "tensorrt-rtx"]
+    build(rtx_copy, "first", Asked("onnxruntime", DEFAULTS))
+    assert list(open_bundle(rtx_copy).task("first").parts[MODEL].engines) == ["onnxruntime", "tensorrt-rtx"]
     assert len(plans(rtx_copy)) == 1
 
 
 def test_rebuild_replaces_the_old_plan_and_nothing_else(rtx_copy: Path):
     before, old = contents(rtx_copy), plans(rtx_copy)
-    engine = build(rtx_copy, "first", "tensorrt-rtx", BuildOptions(("12.0",))).engine
+    engine = build(rtx_copy, "first", Asked("tensorrt-rtx", BuildOptions(("12.0",)))).engine
     assert plans(rtx_copy) == [engine.file.path] != old
-    assert open_bundle(rtx_copy).task("first").engines["tensorrt-rtx"].target == "12.0"
+    assert open_bundle(rtx_copy).task("first").parts[MODEL].engines["tensorrt-rtx"].target == "12.0"
     after = contents(rtx_copy)
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == {
         "bundle/manifest.json",
@@ -87,7 +88,7 @@ def test_rebuild_replaces_the_old_plan_and_nothing_else(rtx_copy: Path):
 
 def test_same_build_again_changes_no_byte(rtx_copy: Path):
     before = contents(rtx_copy)
-    build(rtx_copy, "first", "tensorrt-rtx", BuildOptions(("8.9",)))
+    build(rtx_copy, "first", Asked("tensorrt-rtx", BuildOptions(("8.9",))))
     assert contents(rtx_copy) == before
 
 
@@ -105,7 +106,7 @@ def test_failed_build_leaves_the_bundle_as_it_was(
 ):
     before = contents(rtx_copy)
     with pytest.raises(error):
-        build(rtx_copy, task, "tensorrt-rtx", options)
+        build(rtx_copy, task, Asked("tensorrt-rtx", options))
     assert contents(rtx_copy) == before
 
 
@@ -115,7 +116,7 @@ def test_plan_that_cannot_be_written_leaves_the_bundle_as_it_was(rtx_copy: Path)
         files_of_at_most(1_000_000),
         pytest.raises(BundleError, match=r"can't be written \(File too large\); the bundle is as it was before"),
     ):
-        build(rtx_copy, "first", "tensorrt-rtx", BuildOptions(("12.0",)))
+        build(rtx_copy, "first", Asked("tensorrt-rtx", BuildOptions(("12.0",))))
     assert contents(rtx_copy) == before
 
 
@@ -131,11 +132,11 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def test_damaged_weights_are_found_before_anything_is_built(tiny_copy: Path):
-    weights = tiny_copy / open_bundle(tiny_copy).task("first").weights.path
+    weights = tiny_copy / open_bundle(tiny_copy).task("first").parts[MODEL].weights.path
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
     steps: list[str] = []
     with pytest.raises(BundleError, match=r"first-\w+\.safetensors: content does not match"):
-        build(tiny_copy, "first", "onnxruntime", DEFAULTS, progress=lambda step, share=None: steps.append(step))
+        build(tiny_copy, "first", Asked("onnxruntime", DEFAULTS), progress=lambda step, share=None: steps.append(step))
     assert steps == []
 
 
@@ -144,7 +145,7 @@ def test_default_ranges_stay_within_what_the_base_takes(rtx_copy: Path):
     tokens.
     """
     default, explicit, shorter = (
-        build(rtx_copy, "first", "tensorrt-rtx", options).engine.file.sha256
+        build(rtx_copy, "first", Asked("tensorrt-rtx", options)).engine.file.sha256
         for options in (DEFAULTS, upto(64), upto(63))
     )
     assert default == explicit != shorter
@@ -180,17 +181,17 @@ def test_a_task_that_is_removed_while_its_engine_is_built_is_named_and_stays_rem
 ):
     after_the_build(monkeypatch, lambda: remove_task(tiny_copy, "first"))
     with pytest.raises(BundleError, match="no task 'first' in this bundle; it holds: none"):
-        build(tiny_copy, "first", "onnxruntime", DEFAULTS)
+        build(tiny_copy, "first", Asked("onnxruntime", DEFAULTS))
     assert open_bundle(tiny_copy).manifest.tasks == {}
 
 
 def test_a_graph_that_goes_while_its_engine_is_built_is_named_and_stays_gone(
     tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    digest = open_bundle(tiny_copy).task("first").graph
+    digest = open_bundle(tiny_copy).task("first").parts[MODEL].graph
     after_the_build(monkeypatch, lambda: remove_task(tiny_copy, "first"))
     with pytest.raises(BundleError, match=f"the graph {digest[:12]}… has gone meanwhile"):
-        build_unadapted(tiny_copy, "first", "onnxruntime", DEFAULTS)
+        build_unadapted(tiny_copy, "first", Asked("onnxruntime", DEFAULTS))
     assert open_bundle(tiny_copy).manifest.graphs == {}
 
 
@@ -206,7 +207,7 @@ def test_a_bundle_that_is_deleted_while_its_engine_is_built_is_not_created_anew(
 
 def recorded_proof(bundle: Path, meanwhile: Callable[[], object]) -> Manifest:
     """What a comparison that went well would record of a bundle in which ``meanwhile`` happened during it."""
-    build_unadapted(bundle, "first", "onnxruntime", DEFAULTS)
+    build_unadapted(bundle, "first", Asked("onnxruntime", DEFAULTS))
     before = open_bundle(bundle)
     record = before.task("first")
     shared = before.graph(record).engines["onnxruntime"]
@@ -239,13 +240,13 @@ def test_a_comparison_without_a_shared_engine_says_how_to_build_one(tiny_copy: P
             " refit'"
         ),
     ):
-        prove(tiny_copy, "first", "onnxruntime", DEFAULTS)
+        prove(tiny_copy, "first", Asked("onnxruntime", DEFAULTS))
 
 
 def test_build_of_one_task_leaves_the_others_engines(rtx_copy: Path, tiny_base: Path, write_adapter):
     export_task(Request(tiny_base, write_adapter(seed=1), "second"), rtx_copy)
     first = open_bundle(rtx_copy).task("first")
-    second = build(rtx_copy, "second", "tensorrt-rtx", BuildOptions(("8.9",))).engine
+    second = build(rtx_copy, "second", Asked("tensorrt-rtx", BuildOptions(("8.9",)))).engine
     assert open_bundle(rtx_copy).task("first") == first
     assert plans(rtx_copy) == sorted([first.engines["tensorrt-rtx"].file.path, second.file.path])
 

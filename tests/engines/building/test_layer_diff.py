@@ -9,7 +9,7 @@ from command import refusal
 
 from engines.backends import BuildOptions
 from engines.backends.tensorrt.layers import LayerDifference
-from engines.building.build import build_unadapted
+from engines.building.build import Asked, build_unadapted
 from engines.building.layer_diff import Compared
 from exporter.bundle.manifest import Bundle
 
@@ -40,5 +40,5 @@ def test_a_missing_engine_is_named_with_what_builds_it(tiny_bundle: Bundle, rtx_
 
 @pytest.mark.usefixtures("no_device")
 def test_looking_into_engines_needs_a_device(rtx_copy: Path):
-    build_unadapted(rtx_copy, "first", "tensorrt-rtx", BuildOptions(("8.9",)))
+    build_unadapted(rtx_copy, "first", Asked("tensorrt-rtx", BuildOptions(("8.9",))))
     assert "CUDA error 35" in refusal("verify", rtx_copy, *COMPARE)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engines.backends import AxisRange
 from engines.building.profiles import default_profiles, given_profile
-from exporter.bundle.manifest import Base, Graph, Head, Port
+from exporter.bundle.records import Base, Graph, Head, Port
 from lora.errors import EngineError
 
 ENCODER = Graph(

@@ -11,12 +11,13 @@ import pytest
 
 import engines
 from engines.backends import BuildOptions, NoDeviceError, backend
-from engines.building.build import build_unadapted
-from engines.serving.task_values import changed_names
+from engines.building.build import Asked, build_unadapted
 from exporter.bundle.check import check_bundle
 from exporter.bundle.edits import remove_task
-from exporter.bundle.manifest import Bundle, Engine, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.pack import pack_bundle
+from exporter.bundle.records import MODEL, Engine, encode
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, export_task
 from lora.errors import EngineError
 
@@ -27,12 +28,12 @@ RTX = "tensorrt-rtx"
 @pytest.fixture
 def shared(tiny_copy: Path) -> Bundle:
     """The tiny bundle with an engine of its unadapted graph."""
-    build_unadapted(tiny_copy, "first", RTX, BuildOptions(("8.9",)))
+    build_unadapted(tiny_copy, "first", Asked(RTX, BuildOptions(("8.9",))))
     return open_bundle(tiny_copy)
 
 
 def engine_of(bundle: Bundle) -> Engine:
-    return bundle.graph(bundle.task("first")).engines[RTX]
+    return task_part(bundle, "first").graph.engines[RTX]
 
 
 def recorded(bundle: Bundle, **changes: Any) -> Bundle:
@@ -40,7 +41,7 @@ def recorded(bundle: Bundle, **changes: Any) -> Bundle:
     task = bundle.task("first")
     refittable = {
         "mode": "refit",
-        "refittable": tuple(sorted(changed_names(bundle, "first"))),
+        "refittable": tuple(sorted(task_part(bundle, "first").changed_names)),
         "proven": {"first": bundle.weights_sha256(task)},
     }
     engine = msgspec.structs.replace(engine_of(bundle), **{**refittable, **changes})
@@ -52,9 +53,15 @@ def recorded(bundle: Bundle, **changes: Any) -> Bundle:
 
 def test_the_unadapted_engine_is_recorded_with_its_graph(shared: Bundle):
     engine = engine_of(shared)
-    assert (engine.mode, engine.target, engine.model_sha256) == ("rebuild", "8.9", shared.task("first").graph)
+    assert (engine.mode, engine.target, engine.model_sha256) == (
+        "rebuild",
+        "8.9",
+        shared.task("first").parts[MODEL].graph,
+    )
     assert engine.weights_sha256 == shared.weights_sha256() != shared.weights_sha256(shared.task("first"))
-    assert shared.checked(engine.file).name.startswith(f"unadapted-{shared.task('first').graph[:8]}-{RTX}-")
+    assert shared.checked(engine.file).name.startswith(
+        f"unadapted-{shared.task('first').parts[MODEL].graph[:8]}-{RTX}-"
+    )
 
 
 def test_an_engine_whose_weights_cannot_be_exchanged_is_no_tasks(shared: Bundle):

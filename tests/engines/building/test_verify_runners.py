@@ -12,12 +12,13 @@ from engines.backends import NoDeviceError
 from engines.building.verify_runners import runners
 from engines.feeds.text import TextEncoder
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.task_part import task_part
 from lora.errors import BundleError
 from lora.files.tensorfile import Array
 
 
 def test_every_task_has_the_graph_and_the_default_engine(tiny_bundle: Bundle):
-    assert list(runners(tiny_bundle, "first")) == ["ONNX graph", "engine onnxruntime"]
+    assert list(runners(task_part(tiny_bundle, "first"))) == ["ONNX graph", "engine onnxruntime"]
 
 
 def test_built_engines_are_stages_too(rtx_bundle: Path):
@@ -29,17 +30,18 @@ def test_built_engines_are_stages_too(rtx_bundle: Path):
 
 
 def test_graph_and_engine_give_equal_outputs(real_bundle: Bundle):
-    stages = runners(real_bundle, "movies")
-    inputs = TextEncoder(real_bundle).encode(
-        ["A moving, funny film.", "Dull."], real_bundle.graph(real_bundle.task("movies"))
-    )
+    stages = runners(task_part(real_bundle, "movies"))
+    inputs = TextEncoder(real_bundle).encode(["A moving, funny film.", "Dull."], task_part(real_bundle, "movies").graph)
     graph, engine = (stages[name](inputs) for name in ("ONNX graph", "engine onnxruntime"))
     assert graph.shape == (2, 2)
     np.testing.assert_allclose(graph, engine, atol=1e-5)
 
 
 def test_stages_of_two_tasks_run_their_own_task(real_bundle: Bundle, tokens: dict[str, Array]):
-    shapes = {task: runners(real_bundle, task)["engine onnxruntime"](tokens).shape for task in ("movies", "supersense")}
+    shapes = {
+        task: runners(task_part(real_bundle, task))["engine onnxruntime"](tokens).shape
+        for task in ("movies", "supersense")
+    }
     assert shapes == {"movies": (2, 2), "supersense": (2, 12)}
 
 

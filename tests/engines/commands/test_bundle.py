@@ -15,7 +15,8 @@ import pytest
 from exporter.bundle.check import check_bundle
 from exporter.bundle.edits import remove_task
 from exporter.bundle.listing import base_size, listing
-from exporter.bundle.manifest import all_files, open_bundle
+from exporter.bundle.manifest import open_bundle
+from exporter.bundle.records import all_files
 from exporter.task import Request, export_task
 from lora.errors import BundleError
 

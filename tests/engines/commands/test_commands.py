@@ -16,7 +16,8 @@ import pytest
 from command import BAD_INPUT, DONE, NO, answer, lorafuse, refusal
 from safetensors.numpy import load_file, save_file
 
-from exporter.bundle.manifest import Bundle, File, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, File, encode
 from lora.adapter import LowRank
 from lora.files.tensorfile import TensorFile, file_sha256
 from lora.formats.peft import read_peft
@@ -110,7 +111,7 @@ def test_first_export_creates_a_bundle_that_runs_and_a_regression_prints_its_val
 
 def test_build_reports_every_tasks_engine(rtx_copy: Path):
     (found,) = answer("build", rtx_copy, "--backend", "tensorrt-rtx", "--compute-capability", "12.0")
-    engine = open_bundle(rtx_copy).task("first").engines["tensorrt-rtx"]
+    engine = open_bundle(rtx_copy).task("first").parts[MODEL].engines["tensorrt-rtx"]
     assert (found.pop("seconds") > 0, found.pop("memory") > 10**7) == (True, True)
     assert found == {
         "task": "first",
@@ -420,7 +421,7 @@ def test_run_names_the_command_that_builds_a_missing_engine_and_it_builds_it(tin
     message = refusal("run", tiny_copy, "--task", "first", "--text", "x", "--backend", "tensorrt-rtx")
     command = shlex.split(message.split("'lorafuse ")[1].rstrip("'"))
     assert lorafuse(*command).returncode == DONE
-    assert list(open_bundle(tiny_copy).task("first").engines) == ["tensorrt-rtx"]
+    assert list(open_bundle(tiny_copy).task("first").parts[MODEL].engines) == ["tensorrt-rtx"]
 
 
 @pytest.mark.usefixtures("no_device")

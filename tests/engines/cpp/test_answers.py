@@ -23,7 +23,9 @@ import engines
 import exporter
 from engines.feeds.generate import greedy
 from engines.feeds.inputs import empty_cache, random_inputs, sizes
-from exporter.bundle.manifest import Bundle, Graph, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import Graph
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, add_task, export_task
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
@@ -65,7 +67,7 @@ def one_row(graph: Graph, ids: tuple[int, ...]) -> dict[str, Array]:
 
 def in_python(bundle: Bundle, task: str, mode: Any, adapted: bool) -> dict[str, bytes]:
     with engines.open(bundle.path, mode, threads=1) as runtime:
-        outputs = runtime.run(task, one_row(bundle.graph(bundle.task(task)), IDS), adapted)
+        outputs = runtime.run(task, one_row(task_part(bundle, task).graph, IDS), adapted)
     return {name: values.tobytes() for name, values in outputs.items()}
 
 
@@ -109,7 +111,7 @@ def test_a_language_model_answers_with_the_same_bits_and_tokens(
     unadapted = [] if adapted else ["--unadapted"]
     said = built.ask(language.path, "--task", "chat", "--ids", "5,17,42", "--tokens", "8", "--mode", mode, *unadapted)
     with engines.open(language.path, mode, threads=1) as runtime, runtime.use("chat", adapted) as loaded:
-        (tokens,) = greedy(loaded, one_row(language.graph(language.task("chat")), (5, 17, 42)), 8)
+        (tokens,) = greedy(loaded, one_row(task_part(language, "chat").graph, (5, 17, 42)), 8)
     assert said == ",".join(map(str, tokens)) + "\n"
 
 
@@ -178,7 +180,7 @@ def ask_by_c(built: Built) -> Iterator[Any]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_another_language_gets_the_same_bits_through_c(ask_by_c: Any, bundle: Bundle, mode: Any):
-    inputs = random_inputs(bundle.graph(bundle.task("dense")), bundle.manifest.base.vocabulary, sizes(3, 7), seed=1)
+    inputs = random_inputs(task_part(bundle, "dense").graph, bundle.manifest.base.vocabulary, sizes(3, 7), seed=1)
     ask = ask_by_c(bundle.path, MODES.index(mode))
     with engines.open(bundle.path, mode, threads=1) as runtime:
         for task, adapted in (("dense", True), ("other", True), ("dense", False), ("dense", True)):
@@ -190,7 +192,7 @@ def test_another_language_gets_the_same_bits_through_c(ask_by_c: Any, bundle: Bu
 
 
 def test_inputs_that_do_not_fit_are_refused_in_the_same_words_and_the_task_goes_on(ask_by_c: Any, bundle: Bundle):
-    good = random_inputs(bundle.graph(bundle.task("dense")), bundle.manifest.base.vocabulary, sizes(1, 4), seed=1)
+    good = random_inputs(task_part(bundle, "dense").graph, bundle.manifest.base.vocabulary, sizes(1, 4), seed=1)
     ids = good["input_ids"]
     ask = ask_by_c(bundle.path)
     with engines.open(bundle.path, threads=1) as runtime:
@@ -213,7 +215,7 @@ def test_what_c_can_do_wrong_is_refused(ask_by_c: Any, bundle: Bundle):
     assert ask(None, {}) == {"error": "the task is NULL"}
     assert ask("dense", {None: ids}) == {"error": "an input's name is NULL"}
     assert ask("dense", {"input_ids": Longer(ids)}) == {"error": "input 'input_ids' has 40 bytes; its shape takes 32"}
-    names = [port.name for port in bundle.graph(bundle.task("dense")).inputs]
+    names = [port.name for port in task_part(bundle, "dense").graph.inputs]
     assert ask("dense", dict.fromkeys(names, ids.astype(np.int8))) == {
         "error": "a dtype that there is not; expected one of lorafuse::DType"
     }
@@ -290,7 +292,7 @@ def test_sessions_share_the_base_and_what_is_prepacked_of_it(ask_by_c: Any, real
     ask = ask_by_c(real_bundle.path)
     added = []
     for task in real_bundle.manifest.tasks:
-        inputs = random_inputs(real_bundle.graph(real_bundle.task(task)), 30522, sizes(1, 4), seed=1)
+        inputs = random_inputs(task_part(real_bundle, task).graph, 30522, sizes(1, 4), seed=1)
         added.append(ask(task, inputs)["anonymous"])
     first, second = added
     assert 0 < second - first < 20e6 < first

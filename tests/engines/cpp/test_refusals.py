@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import engines
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL
 from exporter.task import add_task
 from lora.errors import LorafuseError
 
@@ -45,7 +46,7 @@ def both_refuse(built: Built, bundle: Path, task: str = "first", **options: Any)
 
 
 def task_file(bundle: Path) -> Path:
-    weights = open_bundle(bundle).task("first").parts["model"].weights
+    weights = open_bundle(bundle).task("first").parts[MODEL].weights
     assert weights is not None
     return bundle / weights.path
 
@@ -77,7 +78,7 @@ def test_a_damaged_file_is_named(built: Built, tiny_copy: Path, which: str, dama
     bundle = open_bundle(tiny_copy)
     paths = {
         "weights": task_file(tiny_copy),
-        "model": tiny_copy / bundle.task("first").parts["model"].model.path,
+        "model": tiny_copy / bundle.task("first").parts[MODEL].model.path,
         "base": tiny_copy / bundle.manifest.base.weights[0].path,
     }
     damage(paths[which])

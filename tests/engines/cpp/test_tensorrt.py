@@ -18,9 +18,11 @@ from compiled import Built, configured, run
 import engines
 from engines.backends import BuildOptions
 from engines.backends.tensorrt.target import runs_on
-from engines.building.build import build, build_unadapted
+from engines.building.build import Asked, build, build_unadapted
 from engines.serving.load import plan_of
-from exporter.bundle.manifest import Bundle, Engine, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, Engine, encode
+from exporter.bundle.task_part import task_part
 from lora.errors import LorafuseError
 
 RTX = "tensorrt-rtx"
@@ -78,7 +80,7 @@ def recorded(path: Path, **changes: Any) -> Bundle:
 
 
 def this_version(bundle: Bundle) -> str:
-    return bundle.task("first").engines[RTX].version
+    return bundle.task("first").parts[MODEL].engines[RTX].version
 
 
 def flip(path: Path) -> None:
@@ -151,9 +153,9 @@ def test_the_bases_engine_is_its_graphs(built: Built, tiny_copy: Path):
         f" --backend {RTX} --unadapted'"
     )
     assert said(Library("1.7", 8, 9)) == missing
-    build_unadapted(tiny_copy, "first", RTX, BuildOptions(("8.9",)))
+    build_unadapted(tiny_copy, "first", Asked(RTX, BuildOptions(("8.9",))))
     bundle = open_bundle(tiny_copy)
-    graph = bundle.graph(bundle.task("first"))
+    graph = task_part(bundle, "first").graph
     engine = graph.engines[RTX]
     library = Library(engine.version, 8, 9)
     assert engine.file is not None
@@ -167,7 +169,7 @@ def test_the_bases_engine_is_its_graphs(built: Built, tiny_copy: Path):
     ):
         changed = msgspec.structs.replace(graph, engines={RTX: msgspec.structs.replace(engine, **changes)})
         (tiny_copy / "manifest.json").write_bytes(
-            encode(msgspec.structs.replace(bundle.manifest, graphs={bundle.task("first").graph: changed}))
+            encode(msgspec.structs.replace(bundle.manifest, graphs={bundle.task("first").parts[MODEL].graph: changed}))
         )
         assert said(library).startswith(f"{tiny_copy}: the {RTX} engine of the base under 'first' can't be used: ")
 
@@ -187,7 +189,7 @@ def test_the_real_library_is_asked_for_its_version_and_then_for_a_device(built: 
 @pytest.mark.usefixtures("no_device")
 def test_a_task_stored_as_factors_has_a_plan_too(built: Built, stored_both_ways: Path):
     assert "no NVIDIA driver" not in ask(built.tensorrt, stored_both_ways, task="factors")
-    build(stored_both_ways, "factors", RTX, BuildOptions(("8.9",)))
+    build(stored_both_ways, "factors", Asked(RTX, BuildOptions(("8.9",))))
     assert ask(built.tensorrt, stored_both_ways, task="factors").startswith("no NVIDIA driver on this machine")
 
 
@@ -252,7 +254,7 @@ def test_a_device_answers_as_in_python(tiny_copy: Path, tmp_path: Path):
         tmp_path / "build", f"-DTENSORRT_ROOT={root}", f"-DCUDA_ROOT={os.environ.get('CUDA_ROOT', '/usr/local/cuda')}"
     )
     flavour: Any = "tensorrt-rtx" if any(Path(root, "lib").glob("*tensorrt_rtx*")) else "tensorrt"
-    build(tiny_copy, "first", flavour, BuildOptions())
+    build(tiny_copy, "first", Asked(flavour, BuildOptions()))
     row = np.array([IDS], np.int64)
     inputs = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
     with engines.load(tiny_copy, "first", flavour) as session:

@@ -21,6 +21,7 @@ from engines.feeds.generate import check_generates, greedy, stop_tokens
 from engines.feeds.text import positions
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.staging import describe
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, export_task
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
@@ -133,7 +134,7 @@ def test_inputs_that_the_engine_does_not_take_are_refused(session: Session):
 
 def test_a_classifier_generates_nothing(tiny_bundle: Bundle):
     with pytest.raises(EngineError, match=r"task 'first' is of type SEQ_CLS and generates no tokens"):
-        check_generates(tiny_bundle, "first", tiny_bundle.graph(tiny_bundle.task("first")))
+        check_generates(tiny_bundle, "first", task_part(tiny_bundle, "first").graph)
 
 
 @pytest.mark.parametrize(

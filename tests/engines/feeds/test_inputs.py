@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.feeds.inputs import random_inputs
-from exporter.bundle.manifest import Bundle, Graph
+from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import Graph
+from exporter.bundle.task_part import task_part
 
 
 @pytest.fixture
 def graph(tiny_bundle: Bundle) -> Graph:
-    return tiny_bundle.graph(tiny_bundle.task("first"))
+    return task_part(tiny_bundle, "first").graph
 
 
 @given(
@@ -26,7 +28,7 @@ def graph(tiny_bundle: Bundle) -> Graph:
 def test_random_inputs_have_the_graphs_dtypes_and_the_sizes_asked_for(
     tiny_bundle: Bundle, vocabulary: int, batch: int, sequence: int, seed: int
 ):
-    graph = tiny_bundle.graph(tiny_bundle.task("first"))
+    graph = task_part(tiny_bundle, "first").graph
     inputs = random_inputs(graph, vocabulary, {"batch": batch, "sequence": sequence}, seed)
     assert {name: (values.dtype.name, values.shape) for name, values in inputs.items()} == dict.fromkeys(
         ("input_ids", "attention_mask", "token_type_ids"), ("int64", (batch, sequence))

@@ -19,7 +19,9 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 
 from engines.feeds.text import Prediction, TextEncoder, predictions
-from exporter.bundle.manifest import Bundle, File, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import File, encode
+from exporter.bundle.task_part import task_part
 from lora.errors import BundleError, EngineError
 
 TEXTS = {
@@ -60,7 +62,7 @@ def reference(real_base: Path) -> Any:
 
 
 def assert_equal_encodings(encoder: TextEncoder, reference: Any, bundle: Bundle, texts: list[str]) -> None:
-    expected, found = reference(texts), encoder.encode(texts, bundle.graph(bundle.task("movies")))
+    expected, found = reference(texts), encoder.encode(texts, task_part(bundle, "movies").graph)
     assert set(found) == set(expected) == {"input_ids", "attention_mask", "token_type_ids"}
     for name, values in found.items():
         assert values.dtype == np.int64
@@ -90,17 +92,17 @@ def test_encodes_any_text_as_transformers_does(
 
 
 def test_text_above_the_limit_is_cut_to_it(encoder: TextEncoder, real_bundle: Bundle):
-    inputs = encoder.encode(["word " * 600], real_bundle.graph(real_bundle.task("movies")))
+    inputs = encoder.encode(["word " * 600], task_part(real_bundle, "movies").graph)
     assert inputs["input_ids"].shape == (1, real_bundle.manifest.base.longest)
 
 
 def test_limit_is_the_bases_own(tiny_bundle: Bundle):
-    inputs = TextEncoder(tiny_bundle).encode(["word " * 600], tiny_bundle.graph(tiny_bundle.task("first")))
+    inputs = TextEncoder(tiny_bundle).encode(["word " * 600], task_part(tiny_bundle, "first").graph)
     assert inputs["input_ids"].shape == (1, 64)
 
 
 def test_only_the_graphs_inputs_are_made(encoder: TextEncoder, real_bundle: Bundle):
-    graph = real_bundle.graph(real_bundle.task("movies"))
+    graph = task_part(real_bundle, "movies").graph
     assert list(encoder.encode(["text"], msgspec.structs.replace(graph, inputs=graph.inputs[:2]))) == [
         "input_ids",
         "attention_mask",

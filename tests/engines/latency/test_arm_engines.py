@@ -13,11 +13,13 @@ from command import BAD_INPUT, lorafuse
 
 import engines.backends.tensorrt
 from engines.backends import BuildOptions, NoDeviceError
-from engines.building.build import build_unadapted
+from engines.building.build import Asked, build_unadapted
 from engines.latency.arm_engines import opener
 from engines.latency.arms import EXTRAS, arms_of
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
-from exporter.bundle.manifest import Bundle, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, encode
+from exporter.bundle.task_part import task_part
 from lora.errors import EngineError
 
 pytest.importorskip("tensorrt_rtx")
@@ -28,7 +30,7 @@ RTX = "tensorrt-rtx"
 def both(rtx_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """With an engine of the task and one of the base."""
     path = Path(shutil.copytree(rtx_bundle, tmp_path_factory.mktemp("both") / "bundle"))
-    build_unadapted(path, "first", RTX, BuildOptions(("8.9",)))
+    build_unadapted(path, "first", Asked(RTX, BuildOptions(("8.9",))))
     return open_bundle(path)
 
 
@@ -42,7 +44,7 @@ def with_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_form_is_a_plan_but_the_resident_one(both: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with opener(RTX, 1) as opens:
-        arms = arms_of(both, "first", opens, EXTRAS)
+        arms = arms_of(task_part(both, "first"), opens, EXTRAS)
         assert [arm.name for arm in arms.arms] == [BASE, AGAIN, MERGED, UNMERGED, "adapter-h", "adapter-l"]
         built = sorted(tmp_path.glob("*/*.plan"))
         assert len(built) == 3
@@ -51,7 +53,7 @@ def test_every_form_is_a_plan_but_the_resident_one(both: Bundle, monkeypatch: py
             with pytest.raises(NoDeviceError):
                 arm.open()
     assert list(tmp_path.iterdir()) == []
-    assert arms.digests[BASE] == arms.digests[AGAIN] == arms.digests[MERGED] == both.task("first").graph
+    assert arms.digests[BASE] == arms.digests[AGAIN] == arms.digests[MERGED] == both.task("first").parts[MODEL].graph
     assert len(set(arms.digests.values())) == 4
     assert "exchanged by refitting; 'lorafuse build --price' measures what that costs" in arms.left_out["resident"]
     assert arms.on_device
@@ -62,7 +64,7 @@ def test_every_form_is_a_plan_but_the_resident_one(both: Bundle, monkeypatch: py
 def test_a_device_is_asked_for_before_anything_is_built(both: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engines.backends.tensorrt.TensorRT, "build", lambda *_: pytest.fail("built"))
     with opener(RTX, 1) as opens, pytest.raises(NoDeviceError, match="CUDA error 35"):
-        arms_of(both, "first", opens)
+        arms_of(task_part(both, "first"), opens)
 
 
 def test_the_bases_engine_has_to_be_built_too(rtx_copy: Path):
@@ -93,9 +95,9 @@ def test_a_refittable_base_is_no_measure(both: Bundle, tmp_path: Path):
 @pytest.mark.parametrize("name", ["mine.plan", "missing.engine", "model.onnx"])
 def test_a_file_of_ones_own_is_opened_before_the_run(both: Bundle, tmp_path: Path, name: str):
     (tmp_path / "mine.plan").write_bytes(b"a plan")
-    path = both.path / both.task("first").model.path if name == "model.onnx" else tmp_path / name
+    path = both.path / both.task("first").parts[MODEL].model.path if name == "model.onnx" else tmp_path / name
     with opener(RTX, 1) as opens, pytest.raises(EngineError) as refused:
-        arms_of(both, "first", opens, brought={"mine": path})
+        arms_of(task_part(both, "first"), opens, brought={"mine": path})
     assert str(refused.value).startswith(f"{path}: no NVIDIA driver on this machine")
 
 
@@ -110,7 +112,7 @@ def test_a_graph_that_the_builder_refuses_is_left_out_with_its_words(both: Bundl
 
     monkeypatch.setattr(engines.backends.tensorrt, "build_plan", refusing)
     with opener(RTX, 1) as opens:
-        arms = arms_of(both, "first", opens, ["adapter-l"])
+        arms = arms_of(task_part(both, "first"), opens, ["adapter-l"])
     assert arms.left_out == {UNMERGED: "tensorrt_rtx 1.7: no"}
     assert [arm.name for arm in arms.arms][-1] == "adapter-l"
 

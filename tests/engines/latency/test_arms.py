@@ -14,6 +14,8 @@ from engines.latency.arm_engines import OnnxRuntimeOpener
 from engines.latency.arms import RESERVED, Arms, arms_of
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from exporter.task import add_task
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import Array
@@ -28,15 +30,20 @@ def outputs(arms: Arms, tokens: dict[str, Array]) -> dict[str, Array]:
 
 
 def test_base_and_merged_have_one_digest_and_other_forms_have_others(tiny_bundle: Bundle):
-    arms = arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), ["resident", "adapter-h", "adapter-l"])
+    arms = arms_of(task_part(tiny_bundle, "first"), OnnxRuntimeOpener(1), ["resident", "adapter-h", "adapter-l"])
     assert [arm.name for arm in arms.arms] == [BASE, AGAIN, MERGED, UNMERGED, "resident", "adapter-h", "adapter-l"]
-    assert arms.digests[BASE] == arms.digests[AGAIN] == arms.digests[MERGED] == tiny_bundle.task("first").graph
+    assert (
+        arms.digests[BASE]
+        == arms.digests[AGAIN]
+        == arms.digests[MERGED]
+        == tiny_bundle.task("first").parts[MODEL].graph
+    )
     assert len(set(arms.digests.values())) == 5
     assert arms.left_out == {}
 
 
 def test_every_form_computes_what_its_name_says(tiny_bundle: Bundle, tokens: dict[str, Array]):
-    found = outputs(arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), ["resident", "adapter-h"]), tokens)
+    found = outputs(arms_of(task_part(tiny_bundle, "first"), OnnxRuntimeOpener(1), ["resident", "adapter-h"]), tokens)
     np.testing.assert_array_equal(found[AGAIN], found[BASE])
     np.testing.assert_array_equal(found["resident"], found[MERGED])
     np.testing.assert_allclose(found[UNMERGED], found[MERGED], atol=1e-5)
@@ -49,7 +56,8 @@ def test_a_resident_engine_of_a_task_of_factors_is_fed_the_merged_tensors(
 ):
     bundle = open_bundle(stored_both_ways)
     dense, factors = (
-        outputs(arms_of(bundle, task, OnnxRuntimeOpener(1), ["resident"]), tokens) for task in ("dense", "factors")
+        outputs(arms_of(task_part(bundle, task), OnnxRuntimeOpener(1), ["resident"]), tokens)
+        for task in ("dense", "factors")
     )
     np.testing.assert_array_equal(factors["resident"], dense["resident"])
     np.testing.assert_array_equal(factors["resident"], factors[MERGED])
@@ -70,8 +78,8 @@ def test_a_form_that_the_task_has_not_is_left_out_with_the_reason(tiny_copy: Pat
 
 
 def test_a_file_of_ones_own_is_an_arm_with_its_data_beside_it(tiny_bundle: Bundle, tokens: dict[str, Array]):
-    brought = tiny_bundle.path / tiny_bundle.task("first").model.path
-    arms = arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), brought={"mine": brought})
+    brought = tiny_bundle.path / tiny_bundle.task("first").parts[MODEL].model.path
+    arms = arms_of(task_part(tiny_bundle, "first"), OnnxRuntimeOpener(1), brought={"mine": brought})
     found = outputs(arms, tokens)
     np.testing.assert_array_equal(found["mine"], found[MERGED])
     assert arms.digests["mine"] == arms.digests[MERGED]
@@ -105,23 +113,23 @@ def test_a_file_that_cannot_be_an_arm_is_refused_by_name(tiny_bundle: Bundle, tm
     (tmp_path / "garbage.onnx").write_bytes(b"\x00garbage")
     other_model(tmp_path / "other.onnx", "pixels")
     with pytest.raises((EngineError, BundleError)) as refused:
-        arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), brought={"mine": tmp_path / name})
+        arms_of(task_part(tiny_bundle, "first"), OnnxRuntimeOpener(1), brought={"mine": tmp_path / name})
     assert str(refused.value).startswith(f"{tmp_path / name}: {said}")
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_a_name_that_is_taken_is_refused(tiny_bundle: Bundle, name: str):
-    brought = tiny_bundle.path / tiny_bundle.task("first").model.path
+    brought = tiny_bundle.path / tiny_bundle.task("first").parts[MODEL].model.path
     with pytest.raises(
         EngineError, match=f"\\Aarm '{name}': the name of an arm that is there anyway; choose another\\Z"
     ):
-        arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), brought={name: brought})
+        arms_of(task_part(tiny_bundle, "first"), OnnxRuntimeOpener(1), brought={name: brought})
 
 
 def own_model(bundle: Bundle) -> Path:
     """The task's model file; its weights lie beside it."""
-    return bundle.path / bundle.task("first").model.path
+    return bundle.path / bundle.task("first").parts[MODEL].model.path
 
 
 def edited(bundle: Bundle, path: Path, edit: Callable[[onnx.GraphProto], object]) -> Path:
@@ -134,7 +142,7 @@ def edited(bundle: Bundle, path: Path, edit: Callable[[onnx.GraphProto], object]
 
 def refusal(bundle: Bundle, path: Path) -> str:
     with pytest.raises((EngineError, BundleError)) as refused:
-        arms_of(bundle, "first", OnnxRuntimeOpener(1), brought={"mine": path})
+        arms_of(task_part(bundle, "first"), OnnxRuntimeOpener(1), brought={"mine": path})
     assert str(refused.value).startswith(f"{path}: ")
     assert str(refused.value).isprintable()  # and so is one line
     return str(refused.value)
@@ -143,13 +151,20 @@ def refusal(bundle: Bundle, path: Path) -> str:
 def test_a_file_of_ones_own_is_read_in_its_own_folder(tiny_bundle: Bundle, tmp_path: Path, tokens: dict[str, Array]):
     """With other weights than the bundle's, so that it shows whose are read."""
     elsewhere = Path(shutil.copytree(tiny_bundle.path, tmp_path / "elsewhere"))
-    for file in (own_model(tiny_bundle).name, *(file.path for file in tiny_bundle.task("first").own_weights)):
+    for file in (
+        own_model(tiny_bundle).name,
+        *(file.path for file in tiny_bundle.task("first").parts[MODEL].own_weights),
+    ):
         assert (elsewhere / file).is_file()
-    weights = elsewhere / tiny_bundle.task("first").own_weights[0].path
+    weights = elsewhere / tiny_bundle.task("first").parts[MODEL].own_weights[0].path
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))  # zeros
     found = outputs(
-        arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), brought={"mine": elsewhere / own_model(tiny_bundle).name}),
+        arms_of(
+            task_part(tiny_bundle, "first"),
+            OnnxRuntimeOpener(1),
+            brought={"mine": elsewhere / own_model(tiny_bundle).name},
+        ),
         tokens,
     )
     assert np.abs(found["mine"] - found[MERGED]).max() > 1e-3
@@ -213,6 +228,8 @@ def test_weights_that_are_listed_as_inputs_are_none(tiny_copy: Path, tokens: dic
     bundle = open_bundle(tiny_copy)
     edited(bundle, tiny_copy / "mine.onnx", list_weights)
     assert (
-        arms_of(bundle, "first", OnnxRuntimeOpener(1), brought={"mine": tiny_copy / "mine.onnx"}).arms[-1].name
+        arms_of(task_part(bundle, "first"), OnnxRuntimeOpener(1), brought={"mine": tiny_copy / "mine.onnx"})
+        .arms[-1]
+        .name
         == "mine"
     )

@@ -21,7 +21,9 @@ from engines.latency.report import Load, Point
 from engines.latency.sequential import FIRST_LOOK
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 from engines.latency.workloads import work_of
-from exporter.bundle.manifest import Bundle, Graph
+from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import Graph
+from exporter.bundle.task_part import task_part
 from lora.files.tensorfile import Array
 
 NAMES = (BASE, AGAIN, MERGED, UNMERGED)
@@ -224,12 +226,12 @@ def test_session_that_raises_leaves_the_collector_on_and_every_session_closed(nu
 
 @pytest.fixture
 def graph(tiny_bundle: Bundle) -> Graph:
-    return tiny_bundle.graph(tiny_bundle.task("first"))
+    return task_part(tiny_bundle, "first").graph
 
 
 def test_point_of_real_engines_holds_every_sample(tiny_bundle: Bundle, graph: Graph):
     point = measure(
-        arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1)).arms,
+        arms_of(task_part(tiny_bundle, "first"), OnnxRuntimeOpener(1)).arms,
         LOAD,
         work_of(graph, tiny_bundle.manifest.base.vocabulary, LOAD),
         SHORT,
@@ -288,7 +290,7 @@ def test_a_set_has_rounds_for_a_share_of_the_budget(seconds: float, budget: floa
 def test_command_lines_arms_compute_what_their_names_say(tiny_bundle: Bundle, tokens: dict[str, Array]):
     """A wrong arm would be timed just as well, and the verdict would be on something else."""
     outputs = {}
-    for arm in arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1), ["resident"]).arms:
+    for arm in arms_of(task_part(tiny_bundle, "first"), OnnxRuntimeOpener(1), ["resident"]).arms:
         with arm.open() as session:
             outputs[arm.name] = session.run(tokens)["logits"]
     np.testing.assert_array_equal(outputs[AGAIN], outputs[BASE])

@@ -12,9 +12,12 @@ import pytest
 from command import answer, lorafuse, refusal
 
 from engines.backends import BuildOptions
+from engines.building.build import Asked
 from engines.latency.price import price
 from exporter.bundle.edits import remove_task
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from lora.errors import BundleError
 
 pytest.importorskip("tensorrt_rtx")
@@ -33,7 +36,7 @@ def test_the_rebuild_is_measured_and_the_rest_named_with_its_reason(tiny_bundle:
     for way in ("refit of what the task changes", "stripped plan, refitted whole", "latency of the refittable engine"):
         assert priced[way]["note"] == "not on this machine: its engine could not be built here"
     assert (tiny_bundle.path / "manifest.json").read_bytes() == before
-    assert open_bundle(tiny_bundle.path).task("first").engines == {}
+    assert open_bundle(tiny_bundle.path).task("first").parts[MODEL].engines == {}
     assert not list(tiny_bundle.path.parent.glob(".*"))
 
 
@@ -48,7 +51,7 @@ def test_a_bundle_on_a_disk_that_cannot_be_written_is_named(tiny_bundle: Bundle,
             f"{tiny_bundle.path}: can't be written (Read-only file system); the bundle is as it was before"
         ),
     ):
-        price(tiny_bundle, "first", "onnxruntime", BuildOptions())
+        price(task_part(tiny_bundle, "first"), Asked("onnxruntime", BuildOptions()))
 
 
 def test_a_bundle_without_tasks_has_no_price(tiny_copy: Path):
@@ -91,7 +94,7 @@ def test_profiles_and_the_unadapted_base_are_built_by_the_command(tiny_copy: Pat
         "attention_mask=1x1,1x8,2x32",
     )
     built = answer("build", tiny_copy, *arguments)
-    digest = open_bundle(tiny_copy).task("first").graph
+    digest = open_bundle(tiny_copy).task("first").parts[MODEL].graph
     assert [one["task"] for one in built] == [f"unadapted {digest[:8]}", "first"]
     assert built[0]["bytes"] == built[1]["bytes"]
     assert "expected INPUT=SMALLEST,TYPICAL,LARGEST" in refusal(
@@ -110,6 +113,7 @@ def test_a_task_that_is_stored_as_factors_is_built_from_what_its_dense_twin_hold
     assert built["dense"]["bytes"] == built["factors"]["bytes"]
     bundle = open_bundle(stored_both_ways)
     dense, factors = (
-        bundle.checked(bundle.task(task).engines["tensorrt-rtx"].file).read_bytes() for task in ("dense", "factors")
+        bundle.checked(bundle.task(task).parts[MODEL].engines["tensorrt-rtx"].file).read_bytes()
+        for task in ("dense", "factors")
     )
     assert sum(one != other for one, other in zip(dense, factors, strict=True)) < len(dense) / 200

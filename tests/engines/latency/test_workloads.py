@@ -10,7 +10,9 @@ import pytest
 
 from engines.latency.report import Load
 from engines.latency.workloads import loads_of, work_of
-from exporter.bundle.manifest import Bundle, Graph, Port
+from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import Graph, Port
+from exporter.bundle.task_part import task_part
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 
@@ -28,13 +30,22 @@ def decoding(bundle: Bundle) -> Bundle:
 
 
 def test_every_batch_meets_every_length(tiny_bundle: Bundle):
-    assert loads_of(tiny_bundle, "first", [1, 8], [16, 64]) == [Load(1, 16), Load(1, 64), Load(8, 16), Load(8, 64)]
+    assert loads_of(task_part(tiny_bundle, "first"), [1, 8], [16, 64]) == [
+        Load(1, 16),
+        Load(1, 64),
+        Load(8, 16),
+        Load(8, 64),
+    ]
 
 
 def test_a_decoder_also_makes_the_next_token_and_generates(tiny_bundle: Bundle):
     bundle = decoding(tiny_bundle)
-    assert loads_of(bundle, "first", [2], [16]) == [Load(2, 16), Load(2, 1, past=16)]
-    assert loads_of(bundle, "first", [2], [16], tokens=5) == [Load(2, 16), Load(2, 1, past=16), Load(2, 16, tokens=5)]
+    assert loads_of(task_part(bundle, "first"), [2], [16]) == [Load(2, 16), Load(2, 1, past=16)]
+    assert loads_of(task_part(bundle, "first"), [2], [16], tokens=5) == [
+        Load(2, 16),
+        Load(2, 1, past=16),
+        Load(2, 16, tokens=5),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +59,7 @@ def test_a_decoder_also_makes_the_next_token_and_generates(tiny_bundle: Bundle):
 def test_more_tokens_than_the_base_takes_are_refused(tiny_bundle: Bundle, length: int, tokens: int, said: str):
     with pytest.raises(EngineError, match=f"\\A{tiny_bundle.path}: {said} that the base takes\\Z"):
         loads_of(decoding(tiny_bundle), "first", [1], [length], tokens)
-    assert loads_of(tiny_bundle, "first", [1], [64]) == [Load(1, 64)]
+    assert loads_of(task_part(tiny_bundle, "first"), [1], [64]) == [Load(1, 64)]
     assert loads_of(decoding(tiny_bundle), "first", [1], [60], 4)[-1] == Load(1, 60, tokens=4)
 
 
@@ -56,14 +67,14 @@ def test_pixels_have_a_size_of_their_own_whatever_lengths_are_given(tiny_bundle:
     task = tiny_bundle.task("first")
     seen = msgspec.structs.replace(graph_of(tiny_bundle), inputs=(Port("pixel_values", "float32", ("batch", 3, 8, 8)),))
     bundle = Bundle(tiny_bundle.path, msgspec.structs.replace(tiny_bundle.manifest, graphs={task.graph: seen}))
-    assert loads_of(bundle, "first", [1, 4], [128, 256]) == [Load(1, 128), Load(4, 128)]
+    assert loads_of(task_part(bundle, "first"), [1, 4], [128, 256]) == [Load(1, 128), Load(4, 128)]
 
 
 def test_tokens_are_not_asked_of_a_classifier(tiny_bundle: Bundle):
     with pytest.raises(
         EngineError, match=r"task 'first' is of type SEQ_CLS and generates no tokens; leave --tokens out\Z"
     ):
-        loads_of(tiny_bundle, "first", [1], [8], tokens=3)
+        loads_of(task_part(tiny_bundle, "first"), [1], [8], tokens=3)
 
 
 class Seen:
@@ -83,7 +94,7 @@ class Seen:
 
 
 def graph_of(bundle: Bundle) -> Graph:
-    return bundle.graph(bundle.task("first"))
+    return task_part(bundle, "first").graph
 
 
 def test_one_run_has_the_loads_sizes(tiny_bundle: Bundle):

@@ -26,6 +26,8 @@ from engines.latency.verdict import MERGED
 from exporter.bundle import manifest
 from exporter.bundle.changes import in_graph_order, merged_at_load
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, add_task, export_task
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import Array, TensorFile, file_sha256
@@ -61,8 +63,8 @@ def test_in_half_precision_too(tiny_base: Path, write_adapter, tmp_path: Path, t
     adapter = write_adapter(seed=1)
     export_task(Request(tiny_base, adapter, "dense", precision=precision), tmp_path / "bundle")
     bundle = add_task(tmp_path / "bundle", adapter, "factors", store="factors").bundle
-    stored = TensorFile(bundle.path / bundle.task("dense").weights.path)
-    merged = in_graph_order(bundle, "factors", merged_at_load(bundle, "factors"))
+    stored = TensorFile(bundle.path / bundle.task("dense").parts[MODEL].weights.path)
+    merged = in_graph_order(task_part(bundle, "factors"), merged_at_load(task_part(bundle, "factors")))
     assert {values.dtype.name for values in merged.values()} == {precision}
     assert_equal_bits(merged, {name: stored[f"{name}@1,0"] for name in merged})
     if precision == "float16":  # ONNX Runtime's CPU has no kernels for the other
@@ -134,7 +136,7 @@ def test_embeddings_and_convolutions_of_a_module_are_merged_as_peft_merges_them(
         outputs=("scores", "rows"),
         store="factors",
     )
-    assert (made.bundle.task("factors").weights, made.changed_bytes, len(made.changed)) == (None, 0, 4)
+    assert (made.bundle.task("factors").parts[MODEL].weights, made.changed_bytes, len(made.changed)) == (None, 0, 4)
     add_task(tmp_path / "bundle", adapter, "dense")
     image, label = torch.randn(4, 3, 6, 7, generator=torch.Generator().manual_seed(0)), torch.arange(4)
     found = run(tmp_path / "bundle", "factors", {"image": image.numpy(), "label": label.numpy()})
@@ -162,7 +164,7 @@ def test_sessions_of_two_tasks_with_one_graph_keep_their_own_weights(
         )
         add_task(bundle, adapter, name, store="factors")
         add_task(bundle, adapter, f"{name}-dense")
-    assert len({open_bundle(bundle).task(name).model for name in ("unadapted", "a", "b")}) == 1
+    assert len({open_bundle(bundle).task(name).parts[MODEL].model for name in ("unadapted", "a", "b")}) == 1
     dense = {name: run(bundle, f"{name}-dense", tokens) for name in ("a", "b")}
     with (
         engines.load(bundle, "a", threads=1) as a,

@@ -12,7 +12,8 @@ import pytest
 import engines
 from engines.backends import NoDeviceError
 from engines.feeds.text import TextEncoder, predictions
-from exporter.bundle.manifest import Bundle, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, encode
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import Array
 
@@ -36,7 +37,7 @@ def file_of(bundle: Path, kind: str) -> Path:
 def test_outputs_are_those_of_stock_onnxruntime_on_the_file(
     tiny_bundle: Bundle, tokens: dict[str, Array], as_text: type
 ):
-    graph = tiny_bundle.path / tiny_bundle.task("first").model.path
+    graph = tiny_bundle.path / tiny_bundle.task("first").parts[MODEL].model.path
     stock = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]).run(["logits"], tokens)[0]
     with engines.load(as_text(tiny_bundle.path), "first") as session:
         np.testing.assert_allclose(session.run(tokens)["logits"], stock, atol=1e-6)

@@ -17,6 +17,7 @@ from engines.backends import NoDeviceError
 from engines.latency.arm_engines import OnnxRuntimeOpener
 from engines.serving.runtime import Mode, Runtime, _InTurns, open_runtime
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL
 from exporter.task import add_task
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import Array
@@ -151,7 +152,7 @@ def test_a_task_whose_file_is_gone_or_damaged_harms_no_other(
 ):
     runtime.run("first", tokens)
     opened = open_bundle(bundle)
-    damage(bundle / opened.task("dense").weights.path)
+    damage(bundle / opened.task("dense").parts[MODEL].weights.path)
     for _ in range(2):
         with pytest.raises(
             BundleError, match=r"dense-.*(missing from the bundle|does not match the manifest's SHA-256)"
@@ -164,7 +165,7 @@ def test_a_task_whose_file_is_gone_or_damaged_harms_no_other(
 def test_a_damaged_task_harms_none_that_is_asked_for_first(
     bundle: Path, runtime: Runtime, tokens: dict[str, Array], alone: dict[str, Array]
 ):
-    (bundle / open_bundle(bundle).task("dense").weights.path).unlink()
+    (bundle / open_bundle(bundle).task("dense").parts[MODEL].weights.path).unlink()
     np.testing.assert_allclose(runtime.run("first", tokens)["logits"], alone["first"], atol=1e-5)
     with pytest.raises(BundleError, match="missing from the bundle"):
         runtime.run("dense", tokens)
@@ -179,7 +180,7 @@ def test_a_task_that_comes_back_and_changes_more_asks_for_a_new_session(
     add_task(
         bundle, write_adapter("further", tensors=key, config={"target_modules": ["query", "key", "value"]}), "wider"
     )
-    file = bundle / open_bundle(bundle).task("wider").weights.path
+    file = bundle / open_bundle(bundle).task("wider").parts[MODEL].weights.path
     file.rename(bundle / "aside")
     with open_runtime(bundle, "resident", threads=1) as runtime:
         runtime.run("first", tokens)

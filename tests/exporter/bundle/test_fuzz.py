@@ -20,7 +20,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from exporter.bundle.check import check_bundle
-from exporter.bundle.manifest import MANIFEST, Bundle, Engine, File, all_files, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest_file import MANIFEST
+from exporter.bundle.records import Engine, File, all_files, encode
 from exporter.bundle.staging import describe
 from exporter.task import add_task
 from lora.errors import BundleError

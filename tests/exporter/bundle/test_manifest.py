@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import exporter.bundle.manifest
-from exporter.bundle.manifest import SCHEMA, Bundle, all_files, check_task_name, encode, open_bundle, task_files
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest_file import check_task_name
+from exporter.bundle.records import MODEL, SCHEMA, all_files, encode, task_files
 from lora.errors import BundleError
 from lora.files.tensorfile import file_sha256
 
@@ -275,7 +277,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize(("damage", "words"), DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_file_is_refused_by_name(tiny_copy: Path, damage: Callable[[Path], object], words: str):
     bundle = open_bundle(tiny_copy)
-    model = bundle.task("first").model
+    model = bundle.task("first").parts[MODEL].model
     damage(bundle.checked(model))
     with pytest.raises(BundleError, match=f"{model.path}: .*{words}.*; export the task again"):
         bundle.checked(model)
@@ -285,7 +287,7 @@ def test_a_file_is_hashed_again_only_when_it_may_have_changed(tiny_copy: Path, m
     hashed: list[Path] = []
     monkeypatch.setattr(exporter.bundle.manifest, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
     bundle = open_bundle(tiny_copy)
-    model = bundle.task("first").model
+    model = bundle.task("first").parts[MODEL].model
     bundle.checked(model)
     bundle.checked(model)
     assert (
@@ -312,7 +314,7 @@ def test_a_folder_that_is_a_link_is_refused(tiny_copy: Path, tmp_path: Path):
 
 def test_a_bundle_reached_through_a_link_is_a_bundle(tiny_copy: Path, tmp_path: Path):
     (tmp_path / "current").symlink_to(tiny_copy)
-    assert open_bundle(tmp_path / "current").checked(open_bundle(tiny_copy).task("first").model).is_file()
+    assert open_bundle(tmp_path / "current").checked(open_bundle(tiny_copy).task("first").parts[MODEL].model).is_file()
 
 
 def test_a_bundles_name_longer_than_the_system_takes_is_refused(tmp_path: Path):
@@ -323,9 +325,9 @@ def test_a_bundles_name_longer_than_the_system_takes_is_refused(tmp_path: Path):
 def test_a_file_name_longer_than_the_system_takes_is_refused(tiny_copy: Path):
     bundle = open_bundle(edited(tiny_copy, lambda content: content["tasks"]["first"]["model"].update(path="a" * 300)))
     with pytest.raises(BundleError, match="File name too long"):
-        bundle.checked(bundle.task("first").model)
+        bundle.checked(bundle.task("first").parts[MODEL].model)
     with pytest.raises(BundleError, match="File name too long"):
-        bundle.present(bundle.task("first").model)
+        bundle.present(bundle.task("first").parts[MODEL].model)
 
 
 def test_a_folder_name_longer_than_the_system_takes_is_refused(tiny_copy: Path):

@@ -14,8 +14,9 @@ import onnxruntime
 import pytest
 
 from exporter.bundle.check import check_bundle
-from exporter.bundle.manifest import Bundle, all_files, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.pack import pack_bundle
+from exporter.bundle.records import MODEL, all_files
 from exporter.task import Request, add_task, export_task
 from lora.errors import BundleError
 
@@ -40,7 +41,7 @@ def test_unpacked_it_is_the_bundle(two_tasks: Path, snapshot, token_ids, tmp_pat
     assert size == (tmp_path / "shipped.tar").stat().st_size
     assert check_bundle(again) == []
     assert snapshot(again) == snapshot(two_tasks)
-    model = open_bundle(again).task("second").model.path
+    model = open_bundle(again).task("second").parts[MODEL].model.path
     here, there = (
         onnxruntime.InferenceSession(folder / model).run(None, token_ids())[0] for folder in (two_tasks, again)
     )
@@ -74,7 +75,7 @@ def test_what_tasks_share_is_packed_once_and_with_each_of_them(tiny_base: Path, 
     members = subprocess.run(
         ["tar", "tf", tmp_path / "x.tar"], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert members.count(f"x/{made.task('a').model.path}") == 1
+    assert members.count(f"x/{made.task('a').parts[MODEL].model.path}") == 1
     assert len(members) == len(set(members))
     pack_bundle(made.path, tmp_path / "y.tar", ["b"])
     assert check_bundle(unpacked(tmp_path / "y.tar", tmp_path / "elsewhere")) == []

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from exporter.bundle.manifest import SCHEMA, Base, Bundle, Graph, Head, Manifest, Port, Task, all_files, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, SCHEMA, Base, Graph, Head, Manifest, Port, Task, all_files
 from exporter.bundle.staging import commit, current_bundle, describe, named_by_content, staging
 from lora.errors import AdapterError, BundleError
 
@@ -105,7 +106,7 @@ def test_replacing_a_task_leaves_files_that_are_not_the_bundles(bundle: Path):
 
 
 def test_what_can_not_be_removed_does_not_make_a_done_change_look_failed(bundle: Path):
-    former = open_bundle(bundle).task("first").model.path
+    former = open_bundle(bundle).task("first").parts[MODEL].model.path
     (bundle / former).unlink()
     (bundle / former).mkdir()  # as if it could not be unlinked
     assert put(bundle, "first", "new") == open_bundle(bundle)
@@ -224,7 +225,7 @@ def state(bundle: Path) -> str:
     if not bundle.exists():
         return "absent"
     assert intact(bundle)
-    return "new" if "new" in open_bundle(bundle).task("first").model.path else "old"
+    return "new" if "new" in open_bundle(bundle).task("first").parts[MODEL].model.path else "old"
 
 
 def test_a_bundle_can_be_changed_again_after_a_kill(bundle: Path):

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import MODEL
 from exporter.graph.external_data import load_graph, pointed
 from lora.errors import BundleError, ExportError
 from lora.files.tensorfile import TensorFile
@@ -123,7 +124,7 @@ def test_a_file_that_is_no_onnx_model_is_refused(tmp_path: Path):
 
 
 def test_polygraphy_and_the_checker_read_a_tasks_model_as_plain_onnx(tiny_bundle: Bundle):
-    path = tiny_bundle.path / tiny_bundle.task("first").model.path
+    path = tiny_bundle.path / tiny_bundle.task("first").parts[MODEL].model.path
     onnx.checker.check_model(path, full_check=True)
     done = subprocess.run(
         [Path(sys.executable).with_name("polygraphy"), "inspect", "model", path],

@@ -13,8 +13,10 @@ import onnxruntime
 import pytest
 
 from exporter.bundle.layout import key, to_graph
-from exporter.bundle.manifest import Bundle, encode, open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL, encode
 from exporter.bundle.staging import describe
+from exporter.bundle.task_part import task_part
 from exporter.proof.reference import base_values
 from exporter.proof.verify import LEAST_MOVE, OUTPUT_BOUND, Stage, Verification, verify
 from exporter.task import Request, export_task
@@ -32,11 +34,11 @@ def batches(token_ids) -> list[dict[str, Array]]:
 
 @pytest.fixture(scope="module")
 def good(tiny_bundle: Bundle, batches: list[dict[str, Array]]) -> Verification:
-    return verify(tiny_bundle, "first", batches, {"ONNX graph": onnx_runner(tiny_bundle)})
+    return verify(task_part(tiny_bundle, "first"), batches, {"ONNX graph": onnx_runner(tiny_bundle)})
 
 
 def onnx_runner(bundle: Bundle, task: str = "first") -> Callable[[dict[str, Array]], Array]:
-    session = onnxruntime.InferenceSession(str(bundle.path / bundle.task(task).model.path))
+    session = onnxruntime.InferenceSession(str(bundle.path / bundle.task(task).parts[MODEL].model.path))
     return lambda inputs: session.run(None, inputs)[0]
 
 
@@ -58,7 +60,7 @@ def test_a_good_task_passes_at_every_stage(good: Verification):
 def test_a_good_task_differs_from_its_base_and_has_its_graph(good: Verification, tiny_bundle: Bundle):
     assert good.differs
     assert good.moved > good.least_move > 0
-    assert good.digest == good.unadapted_digest == tiny_bundle.task("first").graph
+    assert good.digest == good.unadapted_digest == tiny_bundle.task("first").parts[MODEL].graph
 
 
 def test_bounds_are_relative_to_the_largest_output(good: Verification):
@@ -69,7 +71,9 @@ def test_bounds_are_relative_to_the_largest_output(good: Verification):
 
 @pytest.mark.parametrize("task", ["movies", "supersense"])
 def test_a_trained_task_passes(real_bundle: Bundle, token_ids, task: str):
-    assert verify(real_bundle, task, [token_ids((2, 9))], {"ONNX graph": onnx_runner(real_bundle, task)}).passed
+    assert verify(
+        task_part(real_bundle, task), [token_ids((2, 9))], {"ONNX graph": onnx_runner(real_bundle, task)}
+    ).passed
 
 
 def test_a_task_that_was_exported_onto_saved_biases_passes(
@@ -78,7 +82,7 @@ def test_a_task_that_was_exported_onto_saved_biases_passes(
     bias = "base_model.model.bert.encoder.layer.0.attention.self.query.bias"
     adapter = write_adapter(config={"bias": "all"}, tensors={bias: np.full(32, 0.5)})
     bundle = export_task(Request(tiny_base, adapter, "second"), tiny_copy).bundle
-    assert verify(bundle, "second", batches, {"ONNX graph": onnx_runner(bundle, "second")}).passed
+    assert verify(task_part(bundle, "second"), batches, {"ONNX graph": onnx_runner(bundle, "second")}).passed
 
 
 # --- Tensors that are not what the formula says, under a manifest that agrees with them ----------------------------
@@ -140,7 +144,7 @@ def test_a_stored_tensor_that_is_not_the_formulas_fails_and_is_named(
 
 def test_the_last_bit_of_a_merged_weight_is_within_its_rounding(tiny_copy: Path, batches: list[dict[str, Array]]):
     bundle = stored(tiny_copy, QUERY, at((3, 5), lambda value: np.nextafter(value, np.float32(9))))
-    assert verify(bundle, "first", batches, {}).passed
+    assert verify(task_part(bundle, "first"), batches, {}).passed
 
 
 @pytest.mark.parametrize("values", ["base's", "transposed"])
@@ -149,7 +153,7 @@ def test_a_merged_weight_that_is_another_matrix_fails_in_weights_and_outputs(
 ):
     base = to_graph(base_values(open_bundle(tiny_copy), "first")[QUERY], (1, 0))
     bundle = stored(tiny_copy, QUERY, lambda merged: base if values == "base's" else merged.T.copy())
-    result = verify(bundle, "first", batches, {"ONNX graph": onnx_runner(bundle)})
+    result = verify(task_part(bundle, "first"), batches, {"ONNX graph": onnx_runner(bundle)})
     assert {stage.name: stage.passed for stage in result.stages} == {
         "stored weights": False,
         "merged torch": False,
@@ -159,10 +163,10 @@ def test_a_merged_weight_that_is_another_matrix_fails_in_weights_and_outputs(
 
 def test_a_task_on_its_bases_values_fails(tiny_copy: Path, batches: list[dict[str, Array]]):
     bundle = open_bundle(tiny_copy)
-    base, weights = base_values(bundle, "first"), bundle.graph(bundle.task("first")).weights
+    base, weights = base_values(task_part(bundle, "first")), task_part(bundle, "first").graph.weights
     for name in [name for name in base if name.endswith(("query.weight", "value.weight"))]:
         bundle = stored(tiny_copy, name, lambda _, name=name: to_graph(base[name], weights[name]))
-    result = verify(bundle, "first", batches, {})
+    result = verify(task_part(bundle, "first"), batches, {})
     assert (result.passed, stage(result, "stored weights").passed, stage(result, "merged torch").passed) == (
         False,
         False,
@@ -180,7 +184,7 @@ def test_a_task_that_does_next_to_nothing_fails_though_every_stage_agrees(
     ]
     tiny = {f"{module}.lora_B.weight": np.full((32, 4), 1e-7) for module in modules}
     bundle = export_task(Request(tiny_base, write_adapter(tensors=tiny), "second"), tiny_copy).bundle
-    result = verify(bundle, "second", batches, {})
+    result = verify(task_part(bundle, "second"), batches, {})
     assert [stage.passed for stage in result.stages] == [True, True]
     assert (result.differs, result.passed) == (False, False)
 
@@ -189,10 +193,10 @@ def test_a_graph_that_is_not_the_bases_fails_though_it_computes_the_same(
     tiny_copy: Path, batches: list[dict[str, Array]]
 ):
     bundle = open_bundle(tiny_copy)
-    path = tiny_copy / bundle.task("first").model.path
-    path.write_bytes(unmerged_graph(bundle, "first").SerializeToString())
+    path = tiny_copy / bundle.task("first").parts[MODEL].model.path
+    path.write_bytes(unmerged_graph(task_part(bundle, "first")).SerializeToString())
     bundle = with_corrected_hashes(tiny_copy)
-    result = verify(bundle, "first", batches, {"ONNX graph": onnx_runner(bundle)})
+    result = verify(task_part(bundle, "first"), batches, {"ONNX graph": onnx_runner(bundle)})
     assert all(stage.passed for stage in result.stages)
     assert result.digest != result.unadapted_digest
     assert not result.passed
@@ -202,10 +206,10 @@ def test_a_file_that_does_not_match_its_hash_is_an_error_not_an_answer(
     tiny_copy: Path, batches: list[dict[str, Array]]
 ):
     bundle = open_bundle(tiny_copy)
-    path = tiny_copy / bundle.task("first").weights.path
+    path = tiny_copy / bundle.task("first").parts[MODEL].weights.path
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(BundleError, match="content does not match the manifest's SHA-256"):
-        verify(bundle, "first", batches, {})
+        verify(task_part(bundle, "first"), batches, {})
 
 
 # --- Runners -------------------------------------------------------------------------------------------------------
@@ -230,7 +234,9 @@ def spoilt(
 def test_an_engine_with_one_wrong_output_fails_and_its_place_is_named(
     tiny_bundle: Bundle, batches, value: float, place: tuple[int, int]
 ):
-    result = verify(tiny_bundle, "first", batches, {"engine": spoilt(onnx_runner(tiny_bundle), place, value)})
+    result = verify(
+        task_part(tiny_bundle, "first"), batches, {"engine": spoilt(onnx_runner(tiny_bundle), place, value)}
+    )
     assert not result.passed
     found = stage(result, "engine")
     assert (found.passed, found.where) == (False, f"input {3 + place[0]}, output [{place[1]}]")
@@ -241,7 +247,7 @@ def test_an_engine_of_another_task_fails(
     tiny_copy: Path, tiny_base: Path, write_adapter, batches: list[dict[str, Array]]
 ):
     bundle = export_task(Request(tiny_base, write_adapter(seed=4), "second"), tiny_copy).bundle
-    result = verify(bundle, "first", batches, {"engine": onnx_runner(bundle, "second")})
+    result = verify(task_part(bundle, "first"), batches, {"engine": onnx_runner(bundle, "second")})
     assert stage(result, "engine").passed is False
 
 
@@ -252,7 +258,9 @@ def refuse(inputs: dict[str, Array]) -> Array:
 def test_an_engine_that_can_not_run_here_is_reported_as_not_run_with_the_reason(
     tiny_bundle: Bundle, batches: list[dict[str, Array]]
 ):
-    result = verify(tiny_bundle, "first", batches, {"engine": refuse, "ONNX graph": onnx_runner(tiny_bundle)})
+    result = verify(
+        task_part(tiny_bundle, "first"), batches, {"engine": refuse, "ONNX graph": onnx_runner(tiny_bundle)}
+    )
     assert (stage(result, "engine").passed, stage(result, "engine").note) == (
         None,
         "no device of compute capability 9.0",
@@ -263,7 +271,7 @@ def test_an_engine_that_can_not_run_here_is_reported_as_not_run_with_the_reason(
 
 def test_a_bug_in_a_runner_is_not_taken_for_an_answer(tiny_bundle: Bundle, batches: list[dict[str, Array]]):
     with pytest.raises(ZeroDivisionError):
-        verify(tiny_bundle, "first", batches, {"engine": lambda inputs: 1 / 0})
+        verify(task_part(tiny_bundle, "first"), batches, {"engine": lambda inputs: 1 / 0})
 
 
 def test_a_verification_can_be_written_as_json(good: Verification):

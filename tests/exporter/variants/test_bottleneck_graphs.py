@@ -17,6 +17,7 @@ from torch import nn
 
 import exporter
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import task_part
 from exporter.graph.digest import graph_digest
 from exporter.variants.bottleneck_graphs import bottleneck_graph, with_bottlenecks
 from exporter.variants.graphs import unadapted_graph
@@ -47,7 +48,7 @@ def exported(
 
 @pytest.fixture(scope="module", params=KINDS)
 def case(request: pytest.FixtureRequest, exported: tuple[Architecture, Path, Bundle]) -> Case:
-    return Case(*exported, request.param, bottleneck_graph(exported[2], "plain", request.param))
+    return Case(*exported, request.param, bottleneck_graph(task_part(exported[2], "plain"), request.param))
 
 
 def run(graph: onnx.ModelProto, folder: Path, inputs: dict[str, Any]) -> dict[str, Array]:
@@ -72,7 +73,7 @@ def test_onnx_equals_torch(case: Case):
 
 
 def test_it_is_the_unadapted_graph_and_two_products_a_bottleneck(case: Case):
-    plain = unadapted_graph(case.bundle, "plain")
+    plain = unadapted_graph(task_part(case.bundle, "plain"))
     counts, before = (Counter(node.op_type for node in graph.graph.node) for graph in (case.graph, plain))
     assert sum(counts[kind] - before[kind] for kind in ("MatMul", "Gemm")) == 2 * (4 if case.kind == "adapter-h" else 2)
     assert graph_digest(case.graph) != graph_digest(plain)
@@ -87,7 +88,7 @@ def test_it_is_the_unadapted_graph_and_two_products_a_bottleneck(case: Case):
 def test_in_half_precision_the_bottlenecks_have_the_graphs_dtype(precision: Any, tmp_path: Path):
     base = save_base(ARCHITECTURES["GPT2"], tmp_path / "base")
     bundle = export(ARCHITECTURES["GPT2"], base, None, "plain", tmp_path / "bundle", precision=precision).bundle
-    graph = bottleneck_graph(bundle, "plain", "adapter-l")
+    graph = bottleneck_graph(task_part(bundle, "plain"), "adapter-l")
     onnx.shape_inference.infer_shapes(graph, check_type=True, strict_mode=True)
     dtypes = {tensor.data_type for tensor in graph.graph.initializer if ".bottleneck." in tensor.name}
     assert dtypes == {onnx.TensorProto.FLOAT16 if precision == "float16" else onnx.TensorProto.BFLOAT16}
@@ -95,7 +96,7 @@ def test_in_half_precision_the_bottlenecks_have_the_graphs_dtype(precision: Any,
 
 @pytest.mark.parametrize("exported", ["GPT2"], indirect=True)
 def test_the_same_bundle_gives_the_same_bytes(case: Case):
-    again = bottleneck_graph(case.bundle, "plain", case.kind)
+    again = bottleneck_graph(task_part(case.bundle, "plain"), case.kind)
     assert again.SerializeToString(deterministic=True) == case.graph.SerializeToString(deterministic=True)
 
 
@@ -107,14 +108,14 @@ def test_a_module_of_ones_own_has_no_place_for_them(tmp_path: Path):
             r"the base was not made by transformers, so there is no model to put adapter-h into; leave adapter-h out\Z"
         ),
     ):
-        bottleneck_graph(bundle, "plain", "adapter-h")
+        bottleneck_graph(task_part(bundle, "plain"), "adapter-h")
 
 
 def test_an_architecture_without_known_projections_is_refused(tmp_path: Path):
     base = save_base(ARCHITECTURES["T5"], tmp_path / "base")
     bundle = export(ARCHITECTURES["T5"], base, None, "plain", tmp_path / "bundle").bundle
     with pytest.raises(LorafuseError, match="has no projection that adapter-h could follow"):
-        bottleneck_graph(bundle, "plain", "adapter-h")
+        bottleneck_graph(task_part(bundle, "plain"), "adapter-h")
 
 
 def test_values_are_those_of_the_seed():

@@ -16,8 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 
-from exporter.bundle.changes import bundled_changes
 from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from exporter.graph.digest import graph_digest
 from exporter.variants.graphs import _add_branch, merged_graph, unadapted_graph, unmerged_graph
 from lora.adapter import LowRank
@@ -46,18 +47,21 @@ def assert_close(got: Array, want: Array, bound: float = NOISE) -> None:
 
 @TASKS
 def test_merging_leaves_the_graph_as_it_was(real_bundle: Bundle, task: Task):
-    merged, unadapted = merged_graph(real_bundle, task.name), unadapted_graph(real_bundle, task.name)
-    assert graph_digest(merged) == graph_digest(unadapted) == real_bundle.task(task.name).graph
+    merged, unadapted = (
+        merged_graph(task_part(real_bundle, task.name)),
+        unadapted_graph(task_part(real_bundle, task.name)),
+    )
+    assert graph_digest(merged) == graph_digest(unadapted) == real_bundle.task(task.name).parts[MODEL].graph
     assert merged.SerializeToString() != unadapted.SerializeToString()  # the weights lie elsewhere
 
 
 def test_nothing_of_the_adapter_is_left_in_the_merged_graph(real_bundle: Bundle):
-    graph = merged_graph(real_bundle, "movies").graph
+    graph = merged_graph(task_part(real_bundle, "movies")).graph
     names = [name for node in graph.node for name in (node.name, *node.input, *node.output)] + [
         tensor.name for tensor in graph.initializer
     ]
     assert [name for name in names if "lora" in name.lower() or "adapter" in name.lower()] == []
-    weights = real_bundle.graph(real_bundle.task("movies")).weights
+    weights = task_part(real_bundle, "movies").graph.weights
     assert {tensor.name for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL} == set(weights)
 
 
@@ -68,7 +72,10 @@ def test_the_unmerged_graph_has_two_products_and_a_sum_more_for_every_adapted_we
         for arm in (merged_graph, unmerged_graph)
     )
     assert unmerged - merged == {"MatMul": 2 * 12, "Add": 12}
-    assert graph_digest(unmerged_graph(real_bundle, task.name)) != real_bundle.task(task.name).graph
+    assert (
+        graph_digest(unmerged_graph(task_part(real_bundle, task.name)))
+        != real_bundle.task(task.name).parts[MODEL].graph
+    )
 
 
 @pytest.mark.parametrize("arm", [unadapted_graph, unmerged_graph])
@@ -97,7 +104,8 @@ def test_the_unmerged_graph_computes_what_peft_computes_without_merging(
     for seed in range(3):
         inputs = token_ids((4, 24), seed)
         assert_close(
-            run_graph(unmerged_graph(real_bundle, task.name), real_bundle.path, inputs), torch_outputs(model, inputs)
+            run_graph(unmerged_graph(task_part(real_bundle, task.name)), real_bundle.path, inputs),
+            torch_outputs(model, inputs),
         )
 
 
@@ -113,12 +121,13 @@ def test_the_unadapted_graph_is_the_base_model_with_the_tasks_head(
     assert model.load_state_dict(head, strict=False).unexpected_keys == []
     inputs = token_ids((4, 24))
     assert_close(
-        run_graph(unadapted_graph(real_bundle, task.name), real_bundle.path, inputs), torch_outputs(model, inputs)
+        run_graph(unadapted_graph(task_part(real_bundle, task.name)), real_bundle.path, inputs),
+        torch_outputs(model, inputs),
     )
 
 
 def test_the_bundled_changes_are_those_of_the_adapter_that_was_given(real_bundle: Bundle):
-    changes = [change for own in bundled_changes(real_bundle, "movies").values() for change in own]
+    changes = [change for own in task_part(real_bundle, "movies").changes.values() for change in own]
     given = {change.module: change for change in read_peft(MOVIES.adapter).changes if isinstance(change, LowRank)}
     assert len(given) == 12
     assert all(np.array_equal(change.b, given[change.module].b) for change in changes if isinstance(change, LowRank))

@@ -14,8 +14,9 @@ from tiny_models import ARCHITECTURES, Architecture, export, save_adapter, save_
 from engines.backends import BuildOptions, Model, Plan, backend
 from engines.building.profiles import default_profiles
 from engines.serving.load import task_model
-from exporter.bundle.changes import base_stored, in_graph_order, own_stored
+from exporter.bundle.changes import in_graph_order
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import task_part
 from exporter.variants.graphs import unadapted_graph
 from lora.files.tensorfile import Array
 from lora.progress import unheard
@@ -39,7 +40,7 @@ class Case:
     base: Model
 
     def built(self, model: Model, target: str = "portable") -> Plan:
-        graph = self.bundle.graph(self.bundle.task("adapted"))
+        graph = task_part(self.bundle, "adapted").graph
         options = BuildOptions(TARGETS[target], default_profiles(graph, self.bundle.manifest.base))
         return backend("tensorrt-rtx").build(model, options, unheard)
 
@@ -54,8 +55,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     bundle = export(architecture, base, adapter, "adapted", folder / "bundle", precision=precision).bundle
     return Case(
         bundle,
-        task_model(bundle, "adapted"),
-        Model(unadapted_graph(bundle, "adapted").SerializeToString(), bundle.path),
+        task_model(task_part(bundle, "adapted")),
+        Model(unadapted_graph(task_part(bundle, "adapted")).SerializeToString(), bundle.path),
     )
 
 
@@ -67,12 +68,13 @@ def test_builds_for_every_target_and_holds_the_merged_weights_alone(case: Case):
     assert {target: plan.target for target, plan in plans.items()} == {target: target for target in TARGETS}
     plan, base = plans["portable"].content, case.built(case.base).content
     assert len(plan) == len(base)
-    merged, unadapted = own_stored(case.bundle, "adapted"), base_stored(case.bundle, "adapted")
+    merged, unadapted = task_part(case.bundle, "adapted").own, task_part(case.bundle, "adapted").base
     changed = [name for name in merged if name in unadapted and merged[name].ndim == 2]
     assert changed
     for name in changed:
         ours, bases = (
-            in_graph_order(case.bundle, "adapted", {name: values[name]})[name] for values in (merged, unadapted)
+            in_graph_order(task_part(case.bundle, "adapted"), {name: values[name]})[name]
+            for values in (merged, unadapted)
         )
         assert (found(ours, plan), found(bases, plan)) == (1, 0), name
         assert (found(ours, base), found(bases, base)) == (0, 1), name

@@ -17,6 +17,8 @@ from onnx import helper
 from engines.backends import AxisRange, Backend, BuildOptions, Model, NoDeviceError, Plan, backend
 from engines.serving.load import task_model
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from exporter.proof.reference import base_values, merged_values
 from exporter.variants.graphs import unadapted_graph
 from lora.errors import EngineError
@@ -41,12 +43,12 @@ def rtx() -> Backend:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_bundle: Bundle) -> Model:
-    return task_model(tiny_bundle, "first")
+    return task_model(task_part(tiny_bundle, "first"))
 
 
 @pytest.fixture(scope="session")
 def movies(real_bundle: Bundle) -> Model:
-    return task_model(real_bundle, "movies")
+    return task_model(task_part(real_bundle, "movies"))
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +66,7 @@ def movies_plan(movies: Model, build: Callable[..., Plan]) -> Plan:
 @pytest.fixture(scope="session")
 def base_plan(real_bundle: Bundle, build: Callable[..., Plan]) -> Plan:
     """The same graph on the base's weights."""
-    return build(Model(unadapted_graph(real_bundle, "movies").SerializeToString(), real_bundle.path))
+    return build(Model(unadapted_graph(task_part(real_bundle, "movies")).SerializeToString(), real_bundle.path))
 
 
 @pytest.mark.parametrize(("capability", "target"), [("12.0", "12.0"), (None, "portable")])
@@ -85,7 +87,10 @@ def test_second_build_gives_the_same_bytes(movies: Model, build: Callable[..., P
 def test_plan_holds_the_merged_weights_and_none_of_the_bases(
     real_bundle: Bundle, movies_plan: Plan, base_plan: Plan, name: str
 ):
-    merged, base = merged_values(real_bundle, "movies")[name], base_values(real_bundle, "movies")[name]
+    merged, base = (
+        merged_values(task_part(real_bundle, "movies"))[name],
+        base_values(task_part(real_bundle, "movies"))[name],
+    )
     assert found(merged, movies_plan) == 1
     assert found(base, movies_plan) == 0
     assert (found(merged, base_plan), found(base, base_plan)) == (
@@ -114,7 +119,9 @@ def test_steps_are_reported_in_order(rtx: Backend, tiny_bundle: Bundle):
         steps.append((step, share))
 
     rtx.build(
-        task_model(tiny_bundle, "first"), BuildOptions(("8.9",), (AXES | {"sequence": AxisRange(1, 16, 64)},)), heard
+        task_model(task_part(tiny_bundle, "first")),
+        BuildOptions(("8.9",), (AXES | {"sequence": AxisRange(1, 16, 64)},)),
+        heard,
     )
     assert steps[:2] == [("parsing the model", None), ("building the engine", None)]
     shares = [share for _, share in steps[2:]]
@@ -253,7 +260,7 @@ def test_polygraphy_builds_a_plan_of_the_same_size_from_the_same_model(
     real_bundle: Bundle, movies_plan: Plan, tmp_path: Path
 ):
     """An independent road through the same library, with the profile and the target that ours has."""
-    model = real_bundle.path / real_bundle.task("movies").model.path
+    model = real_bundle.path / real_bundle.task("movies").parts[MODEL].model.path
     shapes = {
         flag: [f"{name}:[{size}]" for name in ("input_ids", "attention_mask", "token_type_ids")]
         for flag, size in SHAPES.items()
