@@ -52,7 +52,8 @@ std::int64_t number_of(const std::string& name, const std::string& text) {
 
 int threads_of(const std::string& name, const std::string& text) {
     const std::int64_t threads = number_of(name, text);
-    if (threads > std::numeric_limits<int>::max()) throw lorafuse::Error(name + " " + text + ": more than any machine has");
+    if (threads > std::numeric_limits<int>::max())
+        throw lorafuse::Error(name + " " + text + ": more than any machine has");
     return static_cast<int>(threads);
 }
 

@@ -71,15 +71,16 @@ void check_graph(const fs::path& path, const std::string& digest, const Graph& g
     if (graph.outputs.empty()) refuse("has no outputs");
     if (!is_printable(graph.head.task_type))
         refuse("is of the task type " + in_quotes(graph.head.task_type) + ", which can't be printed");
+    if (const EngineRecord* twice = double_of(graph.engines))
+        refuse("has two " + printable(twice->backend) + " engines for " + in_quotes(twice->target));
     for (const auto& [name, weight] : graph.weights) {
-        if (!orders_its_axes(weight)) refuse("stores " + in_quotes(name) + " in an order of axes that its shape does not have");
+        if (!orders_its_axes(weight))
+            refuse("stores " + in_quotes(name) + " in an order of axes that its shape does not have");
         if (weight.stored != "plain") {
             throw Error(path.string() + ": weight " + in_quotes(name) + " is stored as " + weight.stored +
                         ", which this version can't read; update lorafuse");
         }
     }
-    if (const EngineRecord* twice = double_of(graph.engines))
-        refuse("has two " + printable(twice->backend) + " engines for " + in_quotes(twice->target));
 }
 
 void check_part(const fs::path& path, const TaskRecord& task, const std::string& role, const Manifest& manifest) {
@@ -108,7 +109,8 @@ void check_task(const fs::path& path, const TaskRecord& task, const Manifest& ma
                     " can't be used; expected lower-case letters, digits, '_', '.', '-', and none of adapters, base, "
                     "engines, manifest");
     }
-    if (task.parts.empty()) throw Error(path.string() + ": task '" + task.name + "' has no parts; export the task again");
+    if (task.parts.empty())
+        throw Error(path.string() + ": task '" + task.name + "' has no parts; export the task again");
     for (const auto& [role, _] : task.parts) check_part(path, task, role, manifest);
 }
 
@@ -172,7 +174,8 @@ void check_schema(const fs::path& path, std::int64_t schema) {
     if (schema > kSchema) throw Error(found + " is newer than this program reads (" + ours + "); update lorafuse");
     if (schema == kSchema) return;
     const std::string earlier = found + " is of an earlier lorafuse, and this one reads " + ours + "; ";
-    if (schema == kUpgraded) throw Error(earlier + "run 'lorafuse bundle upgrade " + tidy(path.parent_path()).string() + "'");
+    if (schema == kUpgraded)
+        throw Error(earlier + "run 'lorafuse bundle upgrade " + tidy(path.parent_path()).string() + "'");
     throw Error(earlier + "export the tasks again");
 }
 

@@ -66,11 +66,11 @@ void check_coverage(const std::filesystem::path& path, std::vector<Entry>& entri
     });
     std::uint64_t at = 0;
     for (const Entry& entry : entries) {
-        if (entry.start != at || entry.end < at)
-            refuse(path, "tensor " + in_quotes(entry.name) + " does not begin where the one before ends");
+        const auto refuse_tensor = [&](const char* what) { refuse(path, "tensor " + in_quotes(entry.name) + what); };
+        if (entry.start != at || entry.end < at) refuse_tensor(" does not begin where the one before ends");
         const auto bytes = bytes_of(entry.shape, entry.dtype);
-        if (!bytes) refuse(path, "tensor " + in_quotes(entry.name) + " has a size that can't be counted");
-        if (bytes != entry.end - entry.start) refuse(path, "tensor " + in_quotes(entry.name) + " has another size than its shape and dtype say");
+        if (!bytes) refuse_tensor(" has a size that can't be counted");
+        if (bytes != entry.end - entry.start) refuse_tensor(" has another size than its shape and dtype say");
         at = entry.end;
     }
     if (at != size) refuse(path, "its tensors don't cover it");
