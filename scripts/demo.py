@@ -25,6 +25,7 @@ import torch
 from engines.building.verify_runners import runners
 from engines.commands.terminal import print_table
 from engines.feeds.text import TextEncoder
+from engines.latency.environment import machine
 from engines.latency.report import Report, read_report
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.task_part import task_part
@@ -80,6 +81,8 @@ def main() -> int:
     )
     print()
     print_table("Three adapters of all-MiniLM-L6-v2, from adapter to engine", columns, rows)
+    taken_on = machine(threads=1)
+    print(f"  latency and worst difference are of this machine: {taken_on['processor']}; cores: {taken_on['cores']}")
     sentence = "It was the best film I have seen in years, and I cried."
     for task in TASKS:
         lorafuse("run", BUNDLE, "--task", task.name, "--text", sentence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,10 @@ from engines.commands.options import AsJson, BundlePath, TaskName
 from engines.commands.terminal import DONE, NO, print_json, print_table, progress
 from lora.wording import megabytes
 
-app = typer.Typer(no_args_is_help=True, help="Look into a bundle, check and pack it, add and remove tasks.")
+if TYPE_CHECKING:
+    from exporter.bundle.listing import Listed
+
+app = typer.Typer(no_args_is_help=True, help="Look into a bundle, check, pack and upgrade it, add and remove tasks.")
 
 
 @app.command()
@@ -55,15 +58,17 @@ def list_tasks(bundle: BundlePath, as_json: AsJson = False) -> None:
             }
         )
         return
-    rows = [
-        (task.task, task.head, task.store, task.graph[:12], megabytes(task.size), ", ".join(task.engines) or "-")
-        for task in tasks
-    ]
+    rows = [_row(task) for task in tasks]
     print_table(
         f"{bundle}: base {manifest.base.sha256[:12]}…, {megabytes(base_size(manifest))}",
         ("task", "head", "stored", "graph", "files", "engines"),
         rows,
     )
+
+
+def _row(task: Listed) -> tuple[str, ...]:
+    graphs = ", ".join(digest[:12] for digest in task.graph.split(", "))
+    return task.task, task.head, task.store, graphs, megabytes(task.size), ", ".join(task.engines) or "-"
 
 
 @app.command()
@@ -104,6 +109,21 @@ def pack(
         print_json({"packed": str(out), "bytes": size})
     else:
         print(f"{out}: {megabytes(size)}; 'tar xf' unpacks it to {out.stem}/")
+
+
+@app.command()
+def upgrade(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """Upgrade a bundle that an earlier lorafuse wrote, in place and without the base.
+
+    Example: lorafuse bundle upgrade bundle
+    """
+    from exporter.upgrade import upgrade as upgrade_bundle
+
+    manifest = upgrade_bundle(bundle).manifest
+    if as_json:
+        print_json({"bundle": str(bundle), "schema": manifest.schema, "tasks": sorted(manifest.tasks)})
+    else:
+        print(f"{bundle}: schema {manifest.schema}; {len(manifest.tasks)} tasks, their files as they were")
 
 
 @app.command()

@@ -90,6 +90,16 @@ def amend(bundle: Path, stage: Path, update: Callable[[Bundle], Manifest]) -> Bu
     return commit(bundle, stage, amended)
 
 
+def replace_manifest(bundle: Path, update: Callable[[bytes], Manifest]) -> Bundle:
+    """Replace the manifest alone, in one step, by what ``update`` makes of its bytes. Nothing else is touched."""
+    with staging(bundle) as stage, _locked(bundle.parent):
+        manifest = update((bundle / MANIFEST).read_bytes())
+        _write_flushed(stage / MANIFEST, encode(manifest))
+        (stage / MANIFEST).replace(bundle / MANIFEST)
+        flush(bundle)
+    return Bundle(bundle, manifest)
+
+
 def current_bundle(bundle: Path) -> Bundle | None:
     """The bundle there is, or None where one can be created: no such folder, or an empty one."""
     if not bundle.exists() or (bundle.is_dir() and not any(bundle.iterdir())):

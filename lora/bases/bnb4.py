@@ -12,6 +12,9 @@ A weight ``w`` of n elements, taken row by row in blocks of ``blocksize``, is st
     element[i] = quant_map[code[i]] · scale[i // blocksize]                  in float32, rounded once to w's dtype
     scale[b]   = nested_quant_map[absmax[b]] · nested_absmax[b // nested_blocksize] + nested_offset
 
+fp4's code 8 is a second zero. Its value here is +0.0, as quant_map holds it and as bitsandbytes' plain implementation
+gives it; bitsandbytes' kernel gives −0.0 on processors without AVX-512. The values are equal, the bits are not.
+
 Method: Dettmers et al. 2023 (QLoRA), section 3 and appendix E, https://arxiv.org/abs/2305.14314. Layout: ``QuantState``
 in https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/functional.py
 """

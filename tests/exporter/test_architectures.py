@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from float32_sums import engines_bound
 from onnx import TensorProto
 from tiny_models import (
     ARCHITECTURES,
@@ -37,10 +39,7 @@ from exporter.graph.digest import graph_digest
 from exporter.task import Exported
 from lora.files.tensorfile import Array
 
-# Of the largest output. Two orders of the same float32 sums differ by some 6e-8 an operation: 1.2e-6 is the largest
-# seen. Merged weights that are
-# off by a thousandth show as 1e-3, one element of one bias as 6e-5.
-BOUND = 1e-5
+LONGEST = 28  # tokens, the past's included, in any test here
 DECODERS = [name for name, architecture in ARCHITECTURES.items() if architecture.task_type == "CAUSAL_LM"]
 
 
@@ -53,6 +52,14 @@ class Case:
     bundle: Bundle
     merged: Any
     session: onnxruntime.InferenceSession
+
+    @cached_property
+    def bound(self) -> float:
+        """Of the largest output: about 2e-5, and 1.2e-6 is the largest seen.
+
+        Merged weights that are off by a thousandth show as 1e-3, one element of one bias as 6e-5.
+        """
+        return engines_bound(self.path, LONGEST)
 
     @property
     def path(self) -> Path:
@@ -105,7 +112,7 @@ def other(case: Case) -> Other:
 def test_the_graph_computes_what_the_model_that_peft_merges_does(case: Case, shape: Shape):
     made = call(case.architecture, case.merged, input_names(case.session), shape)
     differences = worst_differences(run(case.session, made.feed), made.expected)
-    assert all(difference <= BOUND for difference in differences.values()), differences
+    assert all(difference <= case.bound for difference in differences.values()), differences
 
 
 def test_another_task_in_the_bundle_computes_its_own_model_and_not_this_one(case: Case, other: Other):
@@ -113,8 +120,8 @@ def test_another_task_in_the_bundle_computes_its_own_model_and_not_this_one(case
     same, different = (
         worst_differences(run(session, made.feed), made.expected) for session in (other.session, case.session)
     )
-    assert all(difference <= BOUND for difference in same.values()), same
-    assert max(different.values()) > 1000 * BOUND, different
+    assert all(difference <= case.bound for difference in same.values()), same
+    assert max(different.values()) > 500 * case.bound, different
 
 
 def test_all_tasks_of_a_head_have_one_graph_and_the_second_is_not_traced(case: Case, other: Other):
@@ -189,7 +196,7 @@ def test_a_prefill_and_steps_of_one_token_give_the_logits_of_one_pass(case: Case
     given["logits"] = np.concatenate(logits, axis=1)
     differences = worst_differences(given, whole)
     assert [step.shape[1] for step in logits] == [7, 1, 1, 1, 1, 1]
-    assert all(difference <= BOUND for difference in differences.values()), differences
+    assert all(difference <= case.bound for difference in differences.values()), differences
 
 
 @pytest.mark.parametrize("case", DECODERS, indirect=True)
@@ -204,7 +211,7 @@ def test_a_row_that_is_padded_on_the_left_gives_the_logits_that_it_gives_alone(c
         alone = run(case.session, decoder_feed(case.session, ids[row : row + 1, longest - length :]))["logits"][0, -2:]
         together = np.stack([prefill["logits"][row, -1], step["logits"][row, -1]])
         differences = worst_differences({"logits": together}, {"logits": alone})
-        assert differences["logits"] <= BOUND
+        assert differences["logits"] <= case.bound
 
 
 def run(session: onnxruntime.InferenceSession, feed: Mapping[str, Array]) -> dict[str, Array]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from float32_sums import engines_bound
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
 from tiny_models import (
@@ -54,12 +55,8 @@ def test_a_checkpoint_with_an_output_embedding_of_its_own_keeps_it_whatever_its_
     bundle = export(architecture, base, None, "unadapted", tmp_path / "bundle").bundle
     session = open_session(model_path(bundle, "unadapted"))
     made = call(architecture, load_base(architecture, base), [value.name for value in session.get_inputs()], SHAPES[1])
-    assert (
-        worst_differences({"logits": session.run(["logits"], made.feed)[0]}, {"logits": made.expected["logits"]})[
-            "logits"
-        ]
-        <= 1e-5
-    )
+    found = worst_differences({"logits": session.run(["logits"], made.feed)[0]}, {"logits": made.expected["logits"]})
+    assert found["logits"] <= engines_bound(model_path(bundle, "unadapted"), SHAPES[1][1])
 
 
 def test_t5_in_float16_keeps_in_float32_what_transformers_does(tmp_path: Path):

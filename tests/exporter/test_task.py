@@ -15,6 +15,8 @@ import onnx
 import onnxruntime
 import pytest
 import transformers
+from float32_sums import engine_bound, engines_bound
+from ml_dtypes import bfloat16
 from onnx import TensorProto
 from safetensors.numpy import load_file, save_file
 
@@ -23,10 +25,10 @@ from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL, Engine, encode, task_files
 from exporter.bundle.staging import describe
 from exporter.bundle.task_part import task_part
-from exporter.proof.reference import merged_values, torch_runner
+from exporter.proof.reference import base_values, merged_values, torch_runner
 from exporter.task import Request, export_task
 from lora.errors import AdapterError, BundleError, CheckpointError, ExportError, LorafuseError
-from lora.files.tensorfile import TensorFile
+from lora.files.tensorfile import Array, TensorFile
 from scripts.support.demo_tasks import MOVIES, SUPERSENSE
 
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -187,10 +189,59 @@ def test_onnx_finds_the_model_valid_and_infers_every_shape(real_bundle: Bundle, 
 def test_stock_onnxruntime_loads_the_model_by_path_and_equals_torch(
     real_bundle: Bundle, token_ids, task: str, shape: tuple[int, int]
 ):
-    inputs = token_ids(shape)
+    """Two engines with kernels of their own: each is held to the same weights in float64."""
+    inputs, values = token_ids(shape), merged_values(task_part(real_bundle, task))
+    exact = torch_runner(task_part(real_bundle, task), values, exact=True)(inputs)
     got = onnxruntime.InferenceSession(str(model_path(real_bundle, task))).run(None, inputs)[0]
-    want = torch_runner(task_part(real_bundle, task), merged_values(task_part(real_bundle, task)))(inputs)
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+    bound = engine_bound(model_path(real_bundle, task), shape[1]) * np.abs(exact).max()
+    np.testing.assert_allclose(got, exact, rtol=0, atol=bound, err_msg="ONNX Runtime")
+    np.testing.assert_allclose(
+        torch_runner(task_part(real_bundle, task), values)(inputs), exact, rtol=0, atol=bound, err_msg="torch"
+    )
+
+
+def planted(error: str, merged: dict[str, Array], base: dict[str, Array]) -> dict[str, Array]:
+    """``merged`` with one error in it."""
+    changed = [name for name in merged if not np.array_equal(merged[name], base[name])]
+    first, last = changed[0], changed[-1]
+    match error:
+        case "the first weight unmerged":
+            return merged | {first: base[first]}
+        case "the last weight unmerged":
+            return merged | {last: base[last]}
+        case "one row of the last weight unmerged":
+            return merged | {last: np.concatenate([base[last][:1], merged[last][1:]])}
+        case "the first weight transposed":
+            return merged | {first: merged[first].T}
+        case "another scaling, by a thousandth":
+            return merged | {
+                name: base[name] + 1.001 * (merged[name].astype(np.float64) - base[name]) for name in changed
+            }
+    return merged | {name: merged[name].astype(bfloat16).astype(np.float64) for name in changed}
+
+
+@pytest.mark.parametrize("task", ["movies", "supersense"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        "the first weight unmerged",
+        "the last weight unmerged",
+        "one row of the last weight unmerged",
+        "the first weight transposed",
+        "another scaling, by a thousandth",
+        "weights rounded to bfloat16",
+    ],
+)
+def test_the_bound_on_engines_is_below_what_errors_of_a_merge_do(real_bundle: Bundle, token_ids, task: str, error: str):
+    """In float64, which every processor computes alike at this size: an engine with the error is off by at least this
+    much less its bound.
+    """
+    inputs, merged = token_ids((3, 7)), merged_values(task_part(real_bundle, task))
+    wrong = planted(error, merged, base_values(task_part(real_bundle, task)))
+    exact, found = (
+        torch_runner(task_part(real_bundle, task), values, exact=True)(inputs) for values in (merged, wrong)
+    )
+    assert np.abs(found - exact).max() > engines_bound(model_path(real_bundle, task), 7) * np.abs(exact).max()
 
 
 # --- Reproducible, and of no machine -------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from float32_sums import engines_bound
 from safetensors.numpy import load_file
 
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.records import MODEL
 from exporter.bundle.task_part import task_part
 from exporter.proof.reference import base_values, exact_values, merged_values, torch_runner
 from exporter.task import Request, export_task
@@ -84,7 +86,10 @@ def test_the_runner_is_the_transformers_model(tiny_bundle: Bundle, tiny_base: Pa
     with torch.no_grad():
         want = model(**{name: torch.from_numpy(values) for name, values in inputs.items()}).logits.numpy()
     got = torch_runner(task_part(tiny_bundle, "first"), merged_values(task_part(tiny_bundle, "first")))(inputs)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
+    bound = engines_bound(
+        tiny_bundle.path / tiny_bundle.task("first").parts[MODEL].model.path, shape[1]
+    )  # torch's fused attention has kernels of its own
+    np.testing.assert_allclose(got, want, rtol=0, atol=bound * np.abs(want).max())
 
 
 def test_the_runner_refuses_values_that_leave_a_weight_random(tiny_bundle: Bundle):

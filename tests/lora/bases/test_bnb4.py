@@ -1,9 +1,14 @@
-"""Bit for bit against bitsandbytes itself, on the CPU; damaged files are refused before anything is dequantized.
+"""Value for value against bitsandbytes itself, on the CPU; damaged files are refused before anything is dequantized.
 
-bitsandbytes 0.50.2 has two implementations for the CPU: one in plain torch for every device, and a kernel for
-processors with AVX-512. The kernel is wrong where a row does not end with a block: of a 3 × 96 weight in blocks of 64
-it gives back values three times as far from the original as the other's. So the plain one is the oracle, and the kernel
-is where it agrees.
+bitsandbytes 0.50.2 has two implementations for the CPU: one in plain torch for every device, and a kernel, which has a
+path with AVX-512 and one without. The kernel is wrong where a row does not end with a block: of a 3 × 96 weight in
+blocks of 64 it gives back values three times as far from the original as the other's. So the plain one is the oracle,
+and the kernel is where it agrees.
+
+A value is one float32 product, rounded once: IEEE 754 leaves no choice, so every implementation must give equal values
+on every processor. The sign of a zero is no part of that. fp4 has two codes for zero. The code book holds +0.0 for
+both, and the plain implementation, the kernel's path with AVX-512 and we give what the book holds; its path without
+AVX-512 takes the sign from the code's first bit and gives −0.0 for the second.
 """
 
 from __future__ import annotations
@@ -66,11 +71,11 @@ def small(**changes: object) -> dict[str, Array]:
     return tensors | {mark: np.frombuffer(text.encode(), np.uint8)}
 
 
-def assert_same_bits(ours: Array, theirs: torch.Tensor) -> None:
+def assert_same_values(ours: Array, theirs: torch.Tensor) -> None:
+    """Of one dtype and shape, and equal without a tolerance; +0.0 and −0.0 are equal."""
     assert str(theirs.dtype) == f"torch.{ours.dtype}"
     assert ours.shape == tuple(theirs.shape)
-    bits = {2: (np.uint16, torch.uint16), 4: (np.uint32, torch.uint32)}[ours.dtype.itemsize]
-    np.testing.assert_array_equal(ours.view(bits[0]), theirs.contiguous().view(bits[1]).numpy())
+    np.testing.assert_array_equal(ours.astype(np.float32), theirs.float().numpy())
 
 
 @given(
@@ -89,14 +94,14 @@ def assert_same_bits(ours: Array, theirs: torch.Tensor) -> None:
 @settings(max_examples=100, deadline=None)
 def test_a_weight_is_what_bitsandbytes_dequantizes(shape, quant_type, blocksize, nested, dtype, seed):
     tensors = quantized(random_weight(shape, dtype, seed), quant_type, blocksize, nested)
-    assert_same_bits(Bnb4(tensors, HERE)[W], by_bitsandbytes(tensors))
+    assert_same_values(Bnb4(tensors, HERE)[W], by_bitsandbytes(tensors))
 
 
 @pytest.mark.parametrize("blocksize", [64, 4096])
 def test_a_weight_of_several_pieces_is_what_bitsandbytes_dequantizes(blocksize):
     rows = 2 * PIECE // 1001 + 1  # the last piece is short, and of an odd number of elements
     tensors = quantized(random_weight((rows, 1001)), blocksize=blocksize, nested=True)
-    assert_same_bits(Bnb4(tensors, HERE)[W], by_bitsandbytes(tensors))
+    assert_same_values(Bnb4(tensors, HERE)[W], by_bitsandbytes(tensors))
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
@@ -104,9 +109,20 @@ def test_a_weight_of_several_pieces_is_what_bitsandbytes_dequantizes(blocksize):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_where_rows_end_with_blocks_bitsandbytes_public_function_agrees(quant_type, nested, dtype):
     tensors = quantized(random_weight((48, 192), dtype), quant_type, nested=nested)
-    assert_same_bits(
+    assert_same_values(
         Bnb4(tensors, HERE)[W], functional.dequantize_4bit(torch.from_numpy(tensors[W].copy()), read_state(tensors))
     )
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("nested", [False, True])
+def test_both_zeros_of_fp4_are_positive_as_the_code_book_has_them(nested, dtype):
+    tensors = quantized(random_weight((48, 192), dtype), "fp4", nested=nested)
+    codes = np.stack([tensors[W] >> 4, tensors[W] & 15], axis=-1).reshape(48, 192)
+    assert {0, 8} <= set(codes.flat)  # the weight has zeros of both codes
+    ours = Bnb4(tensors, HERE)[W].astype(np.float32)
+    np.testing.assert_array_equal(ours[codes % 8 == 0].view(np.uint32), 0)
+    assert not by_bitsandbytes(tensors).signbit()[torch.from_numpy(codes % 8 == 0)].any()
 
 
 def test_codes_stored_as_another_dtype_are_the_same_codes():
