@@ -113,7 +113,7 @@ def weight(content: Manifest) -> Manifest:
     return graph(content)["weights"]["classifier.weight"]
 
 
-BASE = {"sha256": "0", "precision": "float32", "longest": 1, "vocabulary": 1, "weights": []}
+BASE = {"sha256": "0", "precision": "float32", "longest": 1, "vocabulary": 1, "weights": [], "files": []}
 ENGINE = {"backend": "b", "version": "1", "target": "t", "model_sha256": "0", "weights_sha256": "0"}
 FILE = {"path": "engines/b", "size": 1, "sha256": "0"}
 EDITS: dict[str, Callable[[Manifest], object]] = {
@@ -229,15 +229,10 @@ def opened_in_python(path: Path) -> str:
 
 
 def test_characters_that_do_not_show_are_those_that_python_escapes(built: Built, tmp_path: Path):
-    """All that this Python's Unicode has assigned, in a path that is refused."""
+    """All that this Python's Unicode has assigned, in a task's name, which is refused."""
     characters = "".join(char for char in map(chr, range(0x110000)) if unicodedata.category(char) not in ("Cn", "Cs"))
-    manifest = {
-        "schema": 4,
-        "base": BASE | {"files": [{"path": f"/{characters}", "size": 1, "sha256": "0"}]},
-        "graphs": {},
-        "tasks": {},
-        "versions": {},
-    }
+    task = {"parts": {}, "store": "dense", "adapter": [], "adapter_sha256": "0", "labels": []}
+    manifest = {"schema": 4, "base": BASE, "graphs": {}, "tasks": {characters: task}, "versions": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert ours(built.probe("bundles", tmp_path)) == ours(opened_in_python(tmp_path) + "\n")
 
@@ -281,15 +276,15 @@ def in_cpp(built: Built, bundle: Path, *more: str) -> str:
 
 @pytest.mark.parametrize("mode", ["dedicated", "resident"])
 @pytest.mark.parametrize(
-    ("change", "described"), [({"shape": [32, 3]}, "float32 [32, 3]"), ({"dtype": "float16"}, "float16 [32, 2]")]
+    ("change", "described"), [({"shape": [3, 32]}, "float32 [3, 32]"), ({"dtype": "float16"}, "float16 [2, 32]")]
 )
 def test_a_tensor_of_the_task_that_is_not_as_the_manifest_says_is_named(
     built: Built, tiny_copy: Path, change: Manifest, described: str, mode: str
 ):
     edit(tiny_copy, lambda content: weight(content).update(change))
     assert in_cpp(built, tiny_copy, "--mode", mode) == (
-        f"lorafuse-ask: {task_file(tiny_copy)}: tensor 'classifier.weight@1,0' is float32 [32, 2], but the manifest"
-        f" says {described}; export the task again\n"
+        f"lorafuse-ask: {task_file(tiny_copy)}: tensor 'classifier.weight' is float32 [2, 32], but the manifest says"
+        f" {described}; export the task again\n"
     )
 
 
