@@ -74,8 +74,9 @@ def head_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart:
 
 
 def embeddings_apart(names: Iterable[str]) -> bool:
-    """Whether a checkpoint with tensors of these names has an output embedding of its own, whatever its configuration
-    says (T5 1.1's ties).
+    """Whether a checkpoint with tensors of these names has an output embedding of its own.
+
+    Its configuration may say otherwise: T5 1.1's says that they are tied.
     """
     stored = tuple(names)
     return any(name.endswith(OUTPUT_EMBEDDING) for name in stored) and any(
@@ -118,9 +119,7 @@ def _of_architecture(config: Mapping[str, Any]) -> str:
 
 
 def _rows_of_head(adapter: Adapter) -> int | None:
-    """How many classes the head that the adapter brings tells apart; None where it brings none and the base's own
-    counts.
-    """
+    """How many classes the adapter's own head tells apart; None where it has none and the base's counts."""
     for suffix in HEAD_WEIGHTS:
         for name, value in adapter.replaced.items():
             if name.endswith(suffix) and value.ndim == 2:

@@ -1,6 +1,4 @@
-"""Any torch module, through Python: traced under its own parameters' names, merged with an adapter, written into a
-bundle.
-"""
+"""Exporting a torch module from Python: traced under its parameters' names, merged, written into a bundle."""
 
 from __future__ import annotations
 

@@ -27,8 +27,9 @@ SIDE_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A base, by what messages call it and the fingerprint of its weights, which may be asked for late: it takes
-    seconds to make.
+    """A base that can be traced. ``name`` is what messages call it.
+
+    ``fingerprint`` takes seconds to make, so it is asked for late.
 
     ``signature`` makes a module to trace of a part of the model; ``weights`` gives the real values by parameter name,
     without those that an adapter replaces (``replaced``); ``tied`` says which parameters are one tensor. ``files`` are

@@ -46,8 +46,9 @@ TOOLS = ("lorafuse", "onnx")
 
 @dataclass(frozen=True)
 class Request:
-    """What to export: folders of the base and the adapter (None: the base as it is), the task's name, its class labels
-    (may be empty).
+    """What to export: the folders of the base and the adapter, the task's name, and its class labels.
+
+    Without an adapter, the task is the base as it is; labels may be empty.
 
     ``task_type`` overrides the adapter's, ``precision`` None is the bundle's, or float32 in a new one.
     """
@@ -138,8 +139,9 @@ def add_task(
     store: Store = "dense",
     progress: Progress = unheard,
 ) -> Exported:
-    """Add a task to a bundle without its base's checkpoint: the bundle has the weights, and a graph for each head that
-    it knows.
+    """Add a task to a bundle without its base's checkpoint.
+
+    The bundle has the base's weights, and a graph for each head that it knows.
 
     Raises BundleError when no task has the adapter's head, or the base's weights are damaged, and what ``export_task``
     raises.
@@ -358,8 +360,9 @@ class _PartWriter:
 
 
 def _staged_part(stage: Path, draft: TaskDraft, role: str, graph: BaseGraph, weights: File | None) -> Part:
-    """Stage the graph, pointed at the task's tensors and the base's; without tensors of its own it is one that tasks
-    share.
+    """Stage the part's graph, pointed at the task's tensors and the base's.
+
+    Without tensors of its own it is the base's graph, one file for all tasks.
     """
     files = (*graph.weights, TensorFile(stage / weights.path)) if weights else graph.weights
     proto = pointed(graph.proto, graph.graph.weights, files)

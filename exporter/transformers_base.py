@@ -105,9 +105,7 @@ def tied_groups(folder: Path, head: Head) -> tuple[tuple[str, ...], ...]:
 
 
 def input_limits(folder: Path) -> tuple[int, int]:
-    """The longest sequence, in tokens, and the number of token ids that the model takes; zeros where it takes no
-    tokens.
-    """
+    """The longest sequence, in tokens, and the number of token ids; zeros for a model without tokens."""
     tokenizer = folder / "tokenizer_config.json"
     with _refusing(f"{folder}: config.json or tokenizer_config.json does not say the model's limits"):
         config = _transformers().AutoConfig.from_pretrained(folder)
@@ -139,8 +137,9 @@ def _refusing(what: str) -> Iterator[None]:
 
 
 def _unused_positions(folder: Path, config: Any) -> int:
-    """How many rows of the base's position table no token takes, by a model without weights; 0 where the base alone is
-    no model.
+    """How many rows of the base's position table no token takes, by a model without weights.
+
+    0 where the base alone is not a model.
     """
     import torch
 

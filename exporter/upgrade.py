@@ -56,8 +56,9 @@ class _Manifest3(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def upgrade(path: Path) -> Bundle:
-    """Upgrade the bundle in ``path``. Raises BundleError, and leaves it as it was, when it is not of schema 3, or a
-    graph or an adapter in it is damaged.
+    """Upgrade the bundle in ``path``.
+
+    Raises BundleError, and leaves it as it was, when it is not of schema 3, or a graph or an adapter is damaged.
     """
     if not (path / MANIFEST).is_file():
         raise BundleError(f"{path}: not a bundle (no {MANIFEST}); create one with 'lorafuse export'")

@@ -27,8 +27,9 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 @dataclass(frozen=True)
 class Model:
-    """An ONNX graph, and the folder in which its external data lie; ``values`` take the place of initializers of those
-    names.
+    """An ONNX graph, and the folder where its external data lie.
+
+    ``values`` take the place of the initializers of those names.
     """
 
     graph: bytes
@@ -70,8 +71,9 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A built engine's bytes, or None where the ONNX model is what the backend runs; what it was built for; the timings
-    it took.
+    """A built engine: its bytes, its target, and the timings that the build took.
+
+    ``content`` is None where the ONNX model itself is what the backend runs.
     """
 
     content: bytes | None

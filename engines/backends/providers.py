@@ -25,8 +25,9 @@ PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 
 @dataclass(frozen=True)
 class Provider:
-    """A provider's name, those that take what it can't (ONNX Runtime itself adds the CPU's), and what is to be
-    installed for it.
+    """An execution provider of ONNX Runtime.
+
+    ``helpers`` take what it can't (ONNX Runtime adds the CPU's by itself); ``install`` says what it needs.
     """
 
     name: str
@@ -45,8 +46,9 @@ PROVIDERS: Mapping[Runtime, Provider] = {
 
 
 def require_provider(ort: Any, runtime: Runtime) -> None:
-    """Raises EngineError when this ONNX Runtime has no such provider; it would take the CPU's instead, with a warning
-    at most.
+    """Raises EngineError when this ONNX Runtime lacks the provider.
+
+    ONNX Runtime itself would fall back to the CPU, with a warning at most.
     """
     provider = PROVIDERS[runtime]
     available = [provider.name] if runtime == "onnxruntime-rtx" else ort.get_available_providers()

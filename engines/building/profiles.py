@@ -40,8 +40,9 @@ def with_cache(axes: Axes) -> Axes:
 
 
 def given_profile(texts: Sequence[str], graph: Graph, default: Axes) -> Axes:
-    """The ranges in ``texts`` such as "input_ids=1x16,1x128,8x512", by the axes of those inputs; ``default``'s for the
-    others.
+    """The ranges in ``texts``, such as "input_ids=1x16,1x128,8x512", by axis.
+
+    Axes of other inputs keep the range of ``default``.
 
     Raises EngineError naming the input, the axis, and what was expected.
     """

@@ -1,5 +1,4 @@
-"""Whether an engine whose weights were exchanged answers as one that was built from them: without that, a refit is not
-trusted.
+"""Does an engine whose weights were exchanged answer as one that was built from them? A refit is trusted only then.
 
 A refit can be wrong without a word: TensorRT 11.3 documents that a refittable engine may drop a bias, and
 NVIDIA/TensorRT #3628 reports that going from one task to another and back left a blend of both.
@@ -37,8 +36,9 @@ SHAPES = ((1, 1), (1, 16), (2, 7))
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the refitted engine's outputs were from the built one's, and how far the task moves the base's; of the
-    largest output.
+    """How far the refitted engine's outputs were from the built one's, and from the base's.
+
+    Both are shares of the largest output.
     """
 
     task: str
@@ -86,8 +86,9 @@ def _built(part: TaskPart, chosen: Backend, asked: Asked, scratch: Path, progres
 
 
 def _switched(part: TaskPart, session: Session, to_base: bool) -> list[Array]:
-    """The outputs after what the task changes was exchanged again: for the base's values where it has them, or for the
-    task's.
+    """The outputs after another exchange of what the task changes.
+
+    ``to_base`` puts the base's values in, where it has them; else the task's go in again.
     """
     values = task_values(part, part.changed_names, adapted=not to_base)
     cast("Refittable", session).refit(values)  # of the backends only TensorRT's come here

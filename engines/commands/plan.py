@@ -25,8 +25,7 @@ def plan(
     width: Annotated[int, typer.Option(min=1, max=8, help="Bytes of a stored number.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """What adapters of a model cost, before one is trained: parameters, checkpoints, optimizer, storage. No weights are
-    needed.
+    """Say what adapters of a model cost, before one is trained; no weights are needed.
 
     Example: lorafuse plan --model gpt3-175b --rank 4 --targets q,v --tasks 100
     """

@@ -19,8 +19,7 @@ from lora.files.tensorfile import Array
 def greedy(
     session: Runs, inputs: Mapping[str, Array], limit: int, stop: AbstractSet[int] = frozenset()
 ) -> list[list[int]]:
-    """The next tokens of each row of ``inputs`` (as ``TextEncoder.encode`` gives them, padded on the left), always the
-    likeliest.
+    """The likeliest next tokens of each row of ``inputs``, as ``TextEncoder.encode`` gives them: padded on the left.
 
     A row ends after ``limit`` tokens, or with the first token of ``stop``, which is left out. Raises EngineError when
     the session refuses the inputs.

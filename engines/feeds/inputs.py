@@ -15,8 +15,9 @@ Sizes = Mapping[str, int]
 
 
 def sizes(batch: int, length: int, past: int = 0) -> dict[str, int]:
-    """The sizes of every axis that an exported graph may name: ``length`` tokens a row, after ``past`` tokens in a
-    decoder's cache.
+    """The size of every axis that an exported graph may name.
+
+    A row has ``length`` tokens, after ``past`` tokens in a decoder's cache.
     """
     return {
         "batch": batch,
@@ -47,8 +48,9 @@ def random_inputs(graph: Graph, vocabulary: int, axes: Sizes, seed: int) -> dict
 
 
 def empty_cache(graph: Graph, rows: int) -> dict[str, Array]:
-    """A decoder's key-value cache before the first token: arrays of no length, in the graph's dtype; none for other
-    graphs.
+    """A decoder's key-value cache before the first token: arrays of length 0 in the graph's dtype.
+
+    Other graphs have none.
     """
     axes = sizes(rows, length=0)
     return {

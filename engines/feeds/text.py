@@ -50,8 +50,9 @@ class TextEncoder:
         self._config = base_config(bundle, "config.json")
 
     def encode(self, texts: Sequence[str], graph: Graph) -> dict[str, Array]:
-        """The graph's inputs for a batch of texts: int64 arrays of shape (batch, longest text), and an empty cache for
-        a decoder.
+        """The graph's inputs for a batch of texts: int64 arrays of shape (batch, longest text).
+
+        A decoder also gets an empty cache.
 
         A text is cut to what the base takes. Raises EngineError for one that has no tokens.
         """
@@ -99,8 +100,9 @@ class TextEncoder:
         return str(self._tokenizer.decode(list(tokens)))
 
     def _pad(self, left: bool) -> None:
-        """A tokenizer that was never told how to pad takes the model's word on the token, where that is one (earlier
-        Llamas say -1).
+        """Turn padding on. A tokenizer without settings for it takes the model's padding token.
+
+        Earlier Llamas say -1, which is no token.
         """
         pad_id = self._padding.get("pad_id", max(0, self._config.get("pad_token_id") or 0))
         pad_token = self._padding.get("pad_token", self._tokenizer.id_to_token(pad_id) or "[PAD]")
@@ -115,9 +117,7 @@ def base_config(bundle: Bundle, name: str) -> dict[str, Any]:
 
 
 def positions(mask: Array) -> Array:
-    """The position of each token among those of its row that count, shape of ``mask``; 0 for padding, whatever side it
-    is on.
-    """
+    """The position of each token in its row, of the shape of ``mask``; 0 for padding on either side."""
     counted: Array = np.maximum(mask.cumsum(axis=-1) - 1, 0)
     return counted
 

@@ -81,7 +81,7 @@ def load(
     return TaskSession(task, sessions)
 
 
-def load_part(part: TaskPart, name: BackendName, chosen: Backend) -> Session:
+def load_part(part: TaskPart, name: str, chosen: Backend) -> Session:
     """Load the engine of a part of a task. Raises as ``load`` does."""
     if not chosen.has_plans:
         return chosen.load(task_model(part), None)

@@ -152,9 +152,12 @@ def _check_folders(bundle: Path, manifest: Manifest) -> None:
     """A folder that is a link would lead the reading, writing and removal of files out of the bundle."""
     named = {parent for file in all_files(manifest) for parent in PurePosixPath(file.path).parents if parent.parts}
     for folder in sorted(named.union(map(PurePosixPath, FOLDERS))):
-        try:
-            is_link = (bundle / folder).is_symlink()
-        except OSError as error:
-            raise BundleError(f"{bundle / folder}: can't be read ({error.strerror}); export the tasks again") from error
-        if is_link:
+        if _is_link(bundle / folder):
             raise BundleError(f"{bundle / folder}: a link, which may lead out of the bundle; refusing to follow it")
+
+
+def _is_link(folder: Path) -> bool:
+    try:
+        return folder.is_symlink()
+    except OSError as error:
+        raise BundleError(f"{folder}: can't be read ({error.strerror}); export the tasks again") from error

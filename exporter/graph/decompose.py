@@ -34,8 +34,9 @@ SAME = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.min.other: aten.minim
 
 @contextmanager
 def decomposed_in_place() -> Iterator[None]:
-    """Inside, `ExportedProgram.run_decompositions` exchanges operators where that is enough, and traces again where it
-    is not.
+    """Inside, ``ExportedProgram.run_decompositions`` exchanges operators in place where that is enough.
+
+    Where it is not, it traces again, as torch does.
     """
     trace_again: Callable[[ExportedProgram, dict[Any, Any]], ExportedProgram] = ExportedProgram.run_decompositions
 

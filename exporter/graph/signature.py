@@ -24,8 +24,7 @@ BATCH, SEQUENCE, PAST, TARGET = 2, 16, 5, 7
 
 @dataclass(frozen=True)
 class Signature:
-    """A module that takes its inputs as one dictionary and gives a tuple, with example inputs and the names of the
-    outputs.
+    """How a module is called: one dictionary of inputs, a tuple of outputs, and their names.
 
     ``module.model`` is the model whose parameters' names the graph keeps. ``axes`` are the dynamic ones, by input.
     """
@@ -122,8 +121,9 @@ class Decoder(nn.Module):
         self._argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Logits in float32 (batch, sequence, vocabulary), then keys and values of past and present in the model's
-        dtype.
+        """Logits (batch, sequence, vocabulary) in float32, then the keys and values of past and present.
+
+        Keys and values are in the model's dtype.
         """
         from transformers import DynamicCache
 

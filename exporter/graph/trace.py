@@ -39,8 +39,9 @@ class Trace:
 
 
 def trace(signature: Signature) -> Trace:
-    """Trace the signature's module. Weights bear the names they have in ``signature.module.model``; a tied one the
-    first of its names.
+    """Trace the signature's module.
+
+    Weights bear the names they have in ``signature.module.model``, a tied one the first of its names.
 
     Values are no part of the graph, and the module's floating-point parameters and persistent buffers are overwritten:
     pass one made for this purpose.
@@ -75,8 +76,9 @@ def trace(signature: Signature) -> Trace:
 
 
 def _fill_with_dummies(module: torch.nn.Module) -> dict[str, str]:
-    """Give every weight unique values. Returns {name in ``module``: name in ``module.model``, of a tied weight the
-    first}.
+    """Give every weight unique values.
+
+    Returns {name in ``module``: name in ``module.model``, of a tied weight the first}.
 
     The head of a weight makes it unique. The rest of a large one is not even touched: its memory is never needed.
     """

@@ -36,8 +36,9 @@ def exact_values(part: TaskPart) -> dict[str, Array]:
 
 
 def torch_runner(part: TaskPart, values: Mapping[str, Array], exact: bool = False) -> Runner:
-    """The first output of the torch model on ``values``, computed in the bundle's precision, or in float64 for
-    ``exact``.
+    """A runner of the torch model on ``values``, which gives its first output.
+
+    It computes in the bundle's precision, or in float64 for ``exact``.
 
     Raises ExportError where the base was not made by transformers: what made it is not in the bundle.
     """

@@ -1,5 +1,4 @@
-"""Verifying a task: the formula in float64, the merged torch model, the ONNX graph and the engines, each against the
-first.
+"""Verifying a task: merged torch model, ONNX graph and engines, each against the formula in float64.
 
 A merge that did nothing would pass any comparison of the merged model with itself, so the task must also differ from
 the unadapted model by far more than the stages may differ from one another.
@@ -108,8 +107,9 @@ def verify(part: TaskPart, batches: Sequence[Inputs], runners: Mapping[str, Runn
 def _weights_stage(
     changes: Targets, base: Mapping[str, Array], exact: Mapping[str, Array], stored: Mapping[str, Array]
 ) -> Stage:
-    """Every stored weight against the formula; a merged one within the rounding of its own float32 computation and of
-    its dtype.
+    """Hold every stored weight against the formula.
+
+    A merged one may be off by the rounding of its own float32 computation and of its dtype.
     """
     worst = (-1.0, "", 0.0, 0.0, 0.0)
     for name, want in exact.items():
@@ -129,8 +129,9 @@ def _weights_stage(
 
 
 def _rounding(base: Array, changes: Sequence[Change], exact: Array, dtype: np.dtype[Any]) -> Array:
-    """What float32 may lose in the changes, and half a unit of a narrower dtype; where there are no changes, the value
-    must be exact.
+    """How far rounding may move each element: float32's in the changes, and half a unit of a narrower dtype.
+
+    Without changes, the value must be exact.
     """
     bound: Array = sum(
         (error_bound(change, base) for change in changes), start=np.full(base.shape, np.finfo(np.float64).tiny)

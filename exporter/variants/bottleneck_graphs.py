@@ -1,6 +1,4 @@
-"""The graphs of the paper's other adapters: a task's unadapted model with bottlenecks in it, which no merge can take
-out.
-"""
+"""The graphs of the paper's other adapters: bottlenecks in the unadapted model, which no merge takes out."""
 
 from __future__ import annotations
 
@@ -27,8 +25,9 @@ SHARE = 11.0 / 354.8  # the paper's Table 1: 11 M parameters beside GPT-2 medium
 
 
 def bottleneck_graph(part: TaskPart, kind: Kind) -> onnx.ModelProto:
-    """The task's unadapted graph with bottlenecks of ``kind`` and random values, in the paper's share of the model's
-    parameters.
+    """The task's unadapted graph with bottlenecks of ``kind`` and random values.
+
+    They have the paper's share of the model's parameters.
 
     Raises ExportError where the base was not made by transformers, LorafuseError where ``kind`` has no place in it.
     """

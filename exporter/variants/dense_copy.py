@@ -16,8 +16,9 @@ from lora.files.tensorfile import Array, Lazy, TensorFile, write_tensors
 
 
 def densified(part: TaskPart, folder: Path) -> bytes:
-    """The part's ONNX model, its external data in ``folder``: the merged tensors are written there, and the bundle's
-    files copied.
+    """The part's ONNX model, with its external data in ``folder``.
+
+    The merged tensors are written there, and the bundle's files copied.
 
     Not linked: ONNX refuses external data with several links, and whoever loads the bundle meanwhile would meet that.
     """

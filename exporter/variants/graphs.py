@@ -1,5 +1,4 @@
-"""The graphs that a merged task is held against: the unadapted model, the adapter left unmerged, the weights that
-switch as inputs.
+"""The graphs that a merged task is held against: the unadapted model, and the adapter left unmerged.
 
 All are made of the merged graph by editing it, so that nothing but the named difference can differ.
 """

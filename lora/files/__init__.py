@@ -1,3 +1,1 @@
-"""Files on the disk: safetensors by mapping and as a stream, copies with patches, and writing that leaves nothing
-half-written.
-"""
+"""Files on the disk: safetensors mapped and streamed, copies with patches, nothing half-written."""

@@ -1,5 +1,6 @@
-"""The bottleneck adapters that LoRA is measured against: small layers in sequence with the model's own, which no merge
-removes.
+"""The bottleneck adapters that LoRA is measured against: small layers in sequence with the model's own.
+
+No merge removes them.
 
 *adapter-h* (Houlsby et al. 2019, arXiv 1902.00751): after the attention's and after the feed-forward's projection,
 before the residual sum. *adapter-l* (Lin et al. 2020, arXiv 2004.03829): after the feed-forward's projection only,

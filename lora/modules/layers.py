@@ -45,8 +45,9 @@ class Injection:
 
 
 class Lora(nn.Module):
-    """The factors of one layer: A (parts · rank, in), random as the paper's code has it, and B (parts · out, rank),
-    zero.
+    """The factors of one layer: A (parts · rank, in) and B (parts · out, rank).
+
+    A starts random, as in the paper's code, and B at zero.
 
     In float32 whatever the layer's dtype. ``kept`` holds the layer's W0 while a merged weight stands in its place: in a
     tuple, so that torch does not take it for a parameter of this module.
@@ -75,9 +76,7 @@ class Lora(nn.Module):
             nn.init.zeros_(self.B)
 
     def whole(self) -> Tensor:
-        """B for the whole of the layer's output, shape (out, parts · rank): each part's block in its place, zero
-        elsewhere.
-        """
+        """B for the layer's whole output, of shape (out, parts · rank): each part's block, and zeros elsewhere."""
         if self.parts == (True,):
             return self.B
         blocks = iter(self.B.chunk(sum(self.parts)))

@@ -24,8 +24,9 @@ from lora.modules.layers import CHILD, Injection, Lora, adapted, attach
 def save(
     model: nn.Module, injection: Injection, folder: Path, task_type: str | None = None, base_sha256: str | None = None
 ) -> None:
-    """Write what was trained: the factors, and the heads whole. The folder must not exist; it is there whole or not at
-    all.
+    """Write what was trained into a new folder: the factors, and the heads whole.
+
+    The folder is there whole or not at all.
 
     A fused layer's parts are one product with zeros between the blocks, of ``parts · rank`` and the same scaling.
     Raises AdapterError when the folder exists or can't be written, or the file could not say how the layers store their
@@ -84,9 +85,11 @@ def _fan_in_fan_out(model: nn.Module, folder: Path) -> bool:
 
 
 def load(model: nn.Module, folder: Path) -> None:
-    """Attach the adapter in ``folder`` to ``model``, in which it may be trained on: all else is frozen. Raises
-    AdapterError as reading it does, and when it changes the model in a way that has no layer here: ``lorafuse
-    merge`` knows more forms."""
+    """Attach the adapter in ``folder`` to ``model``, where it may be trained on; all else is frozen.
+
+    Raises AdapterError as reading it does, and when it changes the model in a way that has no layer here:
+    ``lorafuse merge`` knows more forms.
+    """
     model.requires_grad_(False)
     for change in read_peft(folder).changes:
         match change:

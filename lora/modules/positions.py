@@ -6,8 +6,9 @@ from typing import Any
 
 
 def unused_positions(model: Any) -> int:
-    """How many rows of a torch model's position table no token takes: in RoBERTa's family and MPNet positions start
-    after the padding id.
+    """How many rows of a torch model's position table no token takes.
+
+    In RoBERTa's family and MPNet, positions start after the padding id.
 
     A table with a padding row alone says nothing (LXMERT counts from zero); what counts from there keeps the id beside
     the table.

@@ -40,8 +40,9 @@ def ends_in(path: str, names: Sequence[str]) -> bool:
 
 
 def attention_targets(model: Any) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-    """The paper's choice, queries and values, as (targets, parts) of an ``Injection``; a fused projection without known
-    blocks, whole.
+    """The paper's choice, queries and values, as (targets, parts) of an ``Injection``.
+
+    A fused projection whose blocks are unknown is taken whole.
 
     Raises AdapterError when the model has no projection by a name that is known.
     """
@@ -63,8 +64,9 @@ def attention_targets(model: Any) -> tuple[tuple[str, ...], tuple[bool, ...]]:
 
 
 def fused_widths(config: Any, outputs: int) -> tuple[int, int, int] | None:
-    """How many of a fused projection's outputs are queries, keys and values; None when the configuration's heads do not
-    add up to it.
+    """How many outputs of a fused projection are queries, keys and values.
+
+    None when the configuration's heads do not add up to its width.
     """
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
@@ -81,15 +83,18 @@ def fused_widths(config: Any, outputs: int) -> tuple[int, int, int] | None:
 
 
 def _pairs(config: Any, heads: int) -> list[int]:
-    """How many heads of keys and values there may be: one for each head of queries, one for all (multi-query), or one
-    for a group of them.
+    """How many heads of keys and values there may be, in the order to try.
+
+    One for each head of queries, one for all (multi-query), or one for a group of them.
     """
     grouped = [getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads")]
     return [heads, *([1] if getattr(config, "multi_query", False) else []), *(number for number in grouped if number)]
 
 
 def _has_three_blocks(layer: Any) -> bool:
-    """GPT-2's layout. GPTBigCode's c_attn is a Linear: one head's queries, keys and values after another's, or a single
-    head of the latter two.
+    """Whether the blocks lie one after the other, as in GPT-2.
+
+    GPTBigCode's c_attn is a Linear: queries, keys and values of one head after another's, or one head of the latter
+    two.
     """
     return type(layer).__name__ == "Conv1D" and layer.weight.shape[1] == 3 * layer.weight.shape[0]

@@ -1,5 +1,6 @@
-"""A model's dimensions from its transformers configuration alone: it is built without memory for its weights, on
-torch's meta device.
+"""A model's dimensions, from its transformers configuration alone.
+
+The model is built on torch's meta device, without memory for weights.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ def _config(model: str) -> Any:
 
 
 def _auto(config: Any) -> Any:
-    """A language model where the architecture has one (its parameters are tied to the embeddings', or counted), else
-    the plain model.
+    """The architecture's language model where it has one, else the plain model.
+
+    The output embedding is tied to the input's, or counted.
     """
     if config.is_encoder_decoder:  # Whisper and Marian have a causal model as well: their decoder alone
         whole = (transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForSpeechSeq2Seq)

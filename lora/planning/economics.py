@@ -54,8 +54,9 @@ class Plan:
 
 
 def plan(model: Dimensions, rank: int, tasks: int, width: int = 2) -> Plan:
-    """The figures for ``tasks`` adapters of ``rank``; ``width`` is the bytes of a stored parameter. ``rank`` and
-    ``tasks`` are at least 1.
+    """The figures for ``tasks`` adapters of ``rank``, both at least 1.
+
+    ``width`` is the bytes of a stored parameter.
     """
     trainable = sum(rank * (product.inputs + product.outputs) for product in model.products)
     base, adapter = width * model.parameters, width * trainable

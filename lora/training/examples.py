@@ -1,5 +1,6 @@
-"""Texts and what they should give, out of a file: CSV, JSON lines, parquet, or a folder that Hugging Face's datasets
-saved.
+"""Texts and their targets, out of a file.
+
+CSV, JSON lines, parquet, or a folder that Hugging Face's datasets saved.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ LARGEST = 1e15  # of numbers that are learnt: the loss sums their squares in flo
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of the text and of the target are called; of a causal language model, the target is what follows
-    the text.
+    """The names of the columns of text and target.
+
+    A causal language model's target is the text that follows.
     """
 
     text: str = "text"

@@ -46,8 +46,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Trained:
-    """The adapter's folder and what came out, on validation examples: ``scores`` by majority, probe (or base) and
-    adapter.
+    """The adapter's folder, and how it fares on validation examples beside majority, probe or base.
 
     ``cut`` is how many texts had more tokens than ``longest``, which is fewer than asked for where the base takes
     fewer.
@@ -66,8 +65,7 @@ class Trained:
 
 
 def finetune(course: Course, out: Path, step: Progress) -> Trained:
-    """Train an adapter into ``out``, which must not exist: PEFT's two files, the record of the run, and the curve of
-    its losses.
+    """Train an adapter into the new folder ``out``: PEFT's two files, the run's record, and its curve of losses.
 
     Checkpoints lie in a folder beside it, and are gone at the end; who is killed goes on when called again. Raises
     CheckpointError for a base or a file of examples, AdapterError for settings, a folder or a run that has diverged.

@@ -135,8 +135,9 @@ def _tokenizer(base: Path, kind: Kind) -> Any:
 
 
 def _most_tokens(model: Any, tokenizer: Any) -> int:
-    """How many tokens the model has positions for, RoBERTa's begin after its padding's, and its tokenizer says it
-    takes.
+    """How many tokens the model takes, by its positions and its tokenizer.
+
+    RoBERTa's positions begin after its padding's.
     """
     positions, said = getattr(model.config, "max_position_embeddings", None) or 0, tokenizer.model_max_length or 0
     return min([*(int(most) for most in (positions - unused_positions(model), said) if most > 0), sys.maxsize])

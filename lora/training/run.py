@@ -215,8 +215,9 @@ def _last_whole(work: Path) -> Path | None:
 
 
 def _point_to_best(checkpoint: Path) -> None:
-    """Have it name the best one where that lies now: the folder may have been moved, or the working directory be
-    another.
+    """Point the checkpoint's record at where the best checkpoint lies now.
+
+    The folder may have been moved, or the working directory be another.
     """
     state, written = _state(checkpoint), checkpoint / f"{STATE}.new"
     if state.best_global_step:

@@ -1,5 +1,6 @@
-"""The LoRA paper's economics, measured: what training costs, what a task takes on disk, and how good it is. Writes
-docs/economics.md.
+"""The LoRA paper's economics, measured: the cost of training, the bytes of a task, the quality.
+
+Writes docs/economics.md.
 
     python -m scripts.benchmarks.economics [--record FILE] [--report]
 

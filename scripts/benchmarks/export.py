@@ -124,8 +124,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything measured: runs and node counts by arm, and how far optimum's graph is from torch, relative to the
-    largest logit.
+    """Everything measured: runs and node counts by arm.
+
+    ``error`` is how far optimum's graph is from torch, as a share of the largest logit.
     """
 
     runs: dict[str, list[Run]]
@@ -207,8 +208,9 @@ def measure(folder: Path, peer: Path, rounds: int, further: int) -> Result:
 
 
 def timed(arm: str, python: Path, command: Sequence[str | Path]) -> Run:
-    """Run a Python script, with its arguments, by ``python`` in a process of its own; what it prints is shown if it
-    fails.
+    """Run a Python script with its arguments by ``python``, in a process of its own.
+
+    What it prints is shown if it fails.
     """
     with tempfile.TemporaryDirectory() as kept:
         report, log = Path(kept) / "peak", Path(kept) / "log"

@@ -141,8 +141,9 @@ def switching(folder: Path) -> bool:
 
 
 def switch(runtime: Runtime, one: str, two: str, inputs: Inputs) -> tuple[float, float]:
-    """What the first answer of ``two`` after ``one``'s takes longer than its next: the first time, and in the median
-    afterwards. Seconds.
+    """How much longer, in seconds, the first answer of ``two`` after ``one``'s takes than its next one.
+
+    The first time, and the median of later ones.
     """
     runtime.run(one, inputs)
     added = []

@@ -45,9 +45,7 @@ ORDER = (BASE, AGAIN, MERGED, "resident", UNMERGED, "adapter-l", "adapter-h")
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm at one shape: ms, its ratio to the base with the interval where there is one, and the paper's ratio where
-    it has the arm.
-    """
+    """One arm at one shape: ms, its ratio to the base with an interval, and the paper's ratio, where there are any."""
 
     batch: int
     length: int
@@ -159,9 +157,7 @@ def few_cells(bundle: Bundle, arms: Arms, load: Load, rounds: int) -> list[Cell]
 
 
 def one_at_a_time(arms: Sequence[Arm], work: Work, rounds: int) -> list[list[int]]:
-    """Times of shape (rounds, arms), in shuffled order: the second run of a fresh session that has the memory for
-    itself.
-    """
+    """Times of shape (rounds, arms), arms in shuffled order: the second run of a fresh session, alone in memory."""
     random, times = np.random.default_rng(0), [[0] * len(arms) for _ in range(rounds)]
     for row in times:
         for index in random.permutation(len(arms)).tolist():

@@ -161,8 +161,9 @@ def never_rest() -> None:
 
 
 def harness_overhead(graph: onnx.ModelProto, folder: Path, inputs: Mapping[str, Array]) -> float:
-    """µs a sample between ONNX Runtime's own call and what the harness times, in turns on one session; the median of
-    differences.
+    """The harness's own cost, in µs a sample: its timing against ONNX Runtime's own call, in turns on one session.
+
+    The median of differences.
     """
     session = OnnxRuntime(threads=1).load(Model(graph.SerializeToString(), folder), None)
     raw, feed = session._session, dict(inputs)

@@ -1,5 +1,4 @@
-"""Hold every call of engines/backends/tensorrt against the real bindings of several TensorRT versions, on a machine
-without any.
+"""Hold every call of engines/backends/tensorrt against the real bindings of several versions; no GPU is needed.
 
     python -m scripts.checks.tensorrt_api [--wheels FOLDER] [VERSION ...]
 
@@ -176,8 +175,9 @@ def stubgen(module: str, folder: Path, **environment: str) -> Path:
 
 
 def cleaned(stub: Path, module: str) -> Path:
-    """The stub under the name of the public module, which also has a version; a signature that is no Python's loses its
-    defaults.
+    """The stub under the public module's name, with a version added.
+
+    A signature that Python can't parse loses its defaults.
     """
     text = stub.read_text().replace(f"{module}.", "")
     for said, meant in SAID_OTHERWISE:

@@ -72,8 +72,9 @@ def held_out(task: Task, limit: int) -> list[Example]:
 
 
 def split(task: Task) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, by the order of a hash of the text: stable against any change of the source's
-    order.
+    """Training and held-out examples, split by the order of a hash of the text.
+
+    Another order in the source gives the same split.
     """
     if task is SUPERSENSE:
         examples = _balanced(_supersense_examples(), task.train_size + task.test_size, len(task.labels))

@@ -1,5 +1,6 @@
-"""One way of adapting a model to a task, from the frozen base to its score: full fine-tuning, LoRA, bottleneck
-adapters, a linear probe.
+"""One way of adapting a model to a task, from the frozen base to its score.
+
+Full fine-tuning, LoRA, bottleneck adapters, or a linear probe.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ TARGETS = ("query", "value")
 
 @dataclass(frozen=True)
 class Way:
-    """``kind`` is full, lora, adapter-h, adapter-l or probe; ``rank`` is LoRA's, and sets how many parameters the
-    adapters have.
+    """A way to adapt: ``kind`` is full, lora, adapter-h, adapter-l or probe.
+
+    ``rank`` is LoRA's, and sets how many parameters the adapters have.
     """
 
     kind: str
@@ -130,8 +132,9 @@ def metric(task: Task, predicted: np.ndarray, examples: Sequence[Example]) -> fl
 
 
 def probe_score(task: Task, data: Sample) -> float:
-    """A linear model on the frozen base's mean-pooled embeddings, its penalty chosen as the others' rates are: on
-    validation examples.
+    """The score of a linear model on the frozen base's mean-pooled embeddings.
+
+    Its penalty is chosen on validation examples, as the others' rates are.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
     encoder = transformers.AutoModel.from_pretrained(minilm()).eval()

@@ -1,5 +1,6 @@
-"""GPT-2 medium, the paper's own model, with random weights, and random adapters of it: where time and size matter,
-values do not.
+"""GPT-2 medium, the paper's own model, with random weights and random adapters.
+
+For where time and size matter, and values do not.
 """
 
 from __future__ import annotations

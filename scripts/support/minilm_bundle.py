@@ -1,5 +1,6 @@
-"""A bundle of the demo's real tasks, and of further tasks made from one of them: where many tasks matter, their quality
-does not.
+"""A bundle of the demo's real tasks, and of further tasks made from one of them.
+
+For where many tasks matter, and their quality does not.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ def demo_bundle(folder: Path) -> Bundle:
 
 
 def with_further(bundle: Bundle, count: int) -> Bundle:
-    """``count`` tasks ``task-00`` … more, stored as factors: the movies adapter with its factors B scaled at random, so
-    that no two are alike.
+    """``count`` further tasks, ``task-00`` and so on, stored as factors.
+
+    Each is the movies adapter with its factors B scaled at random, so that no two are alike.
     """
     random = np.random.default_rng(0)
     for number in range(count):

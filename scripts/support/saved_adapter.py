@@ -1,5 +1,6 @@
-"""Saving a demo adapter so that it can be committed: the same training gives the same bytes, and the base is pinned by
-its hash.
+"""Saving a demo adapter so that it can be committed.
+
+The same training gives the same bytes, and the base is pinned by its hash.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from lora.files.tensorfile import Lazy, write_tensors
 
 
 def save_adapter(model: Any, folder: Path, base_name: str, base: Path) -> None:
-    """PEFT's own files of ``model`` in ``folder``, with the base's public name and the fingerprint of the checkpoint
-    ``base``.
+    """Write PEFT's own files of ``model`` into ``folder``.
+
+    They name the public base and hold the fingerprint of the checkpoint ``base``.
     """
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)

@@ -1,5 +1,6 @@
-"""Train the demo's decoder adapter, WordNet supersense by completion on SmolLM2-135M, and record how it fares against
-its base.
+"""Train the demo's decoder adapter: WordNet supersense by completion on SmolLM2-135M.
+
+Records how it fares against its base.
 
     python -m scripts.training.demo_decoder
 

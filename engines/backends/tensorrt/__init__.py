@@ -1,5 +1,6 @@
-"""TensorRT 10 and 11, and TensorRT-RTX: one backend for all, with the API's module passed as a value so that a process
-may hold several.
+"""TensorRT 10, TensorRT 11 and TensorRT-RTX: one backend for all.
+
+The API's module is passed as a value, so that one process may hold several.
 
     log       what the library says, kept for the exception
     network   ONNX model → network, profiles and builder's configuration → plan

@@ -49,8 +49,9 @@ class Device:
 
 
 def require_device() -> None:
-    """Raises NoDeviceError unless CUDA finds a device; to be asked before a Runtime is made, which may crash without
-    one.
+    """Raises NoDeviceError unless CUDA finds a device.
+
+    Ask before a TensorRT Runtime is made: that may crash without one.
     """
     status, count = cudart.cudaGetDeviceCount()
     if int(status) != 0 or count == 0:

@@ -16,8 +16,9 @@ from lora.errors import EngineError
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """A place at which two engines differ: the layer's position, the field (``layer`` where one has no such layer),
-    both values.
+    """A place where two engines differ: the layer's position, a field, and both values.
+
+    The field is ``layer`` where one engine has no such layer.
     """
 
     position: int

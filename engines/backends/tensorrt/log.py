@@ -13,8 +13,9 @@ KEPT = 20  # lines: a process that goes on after errors does not collect them
 
 @functools.cache
 def log_of(trt: Any) -> Any:
-    """The process's logger for ``trt``: ``error(what)`` is an EngineError with the errors logged since the last one, in
-    one line.
+    """The process's logger for ``trt``.
+
+    Its ``error(what)`` is an EngineError with the errors logged since the last one, in one line.
 
     One, and never given back: TensorRT keeps the first logger that it is handed for all that comes later, until nothing
     of it lives.

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def build_plan(trt: Any, model: Model, options: BuildOptions, progress: Progress) -> Plan:
-    """Build ``model``. Raises EngineError with the library's words, NoDeviceError where the flavour builds on its
-    device only.
+    """Build ``model``.
+
+    Raises EngineError with the library's words, NoDeviceError where the flavour builds on its device only.
     """
     if (
         builds_for_this_device(trt) or options.mode != "rebuild"
@@ -78,9 +79,7 @@ def parse(trt: Any, network: tensorrt.INetworkDefinition, model: Model, log: Any
 
 
 def _set_target(trt: Any, config: tensorrt.IBuilderConfig, options: BuildOptions) -> str:
-    """Choose what the engine is built for: full TensorRT the device at hand or its kin, RTX the capabilities named or
-    any.
-    """
+    """Choose the target: full TensorRT's is the device at hand or its kin, RTX's the capabilities named, or any."""
     if builds_for_this_device(trt):
         return _set_compatibility(trt, config, options)
     if options.compatible:

@@ -1,5 +1,6 @@
-"""From a plan to an engine that runs: one context, one stream, buffers allocated once for the largest shapes of the
-profiles.
+"""From a plan to an engine that runs: one context, one stream.
+
+Buffers are allocated once, for the largest shapes of the profiles.
 
 API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/infer/Core/ExecutionContext.html
 """
@@ -103,8 +104,7 @@ class TensorRTSession:
             return {name: self._buffers[name].host(sizes[name], self._dtypes[name]).copy() for name in self._outputs}
 
     def stages(self, inputs: Mapping[str, Array]) -> tuple[float, float, float]:
-        """What a run takes on the device, in ms and without a recorded graph: the copies there, the engine, the copies
-        back.
+        """Time a run on the device, in ms: the copies there, the engine, the copies back. No graph is replayed.
 
         A run goes before it, so that the stream is busy while the host puts this one on it; where it launches more
         slowly than the device computes, its launches are in the time.

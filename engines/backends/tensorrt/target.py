@@ -8,8 +8,9 @@ AMPERE = (8, 0)
 
 
 def runs_on(target: str, capability: tuple[int, int]) -> bool:
-    """Whether a plan for ``target`` runs on a device of this compute capability: "portable", "8.0+", "8.9" or "8.6,
-    8.9".
+    """Whether a plan for ``target`` runs on a device of this compute capability.
+
+    A target is "portable", "8.0+", "8.9", or several capabilities: "8.6, 8.9".
     """
     if target in (PORTABLE, AMPERE_PLUS):
         return capability >= AMPERE

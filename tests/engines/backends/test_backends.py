@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from float32_sums import engines_bound
+from reference_backend import Reference
 
 from engines.backends import (
     BACKENDS,
@@ -22,23 +24,25 @@ from engines.backends import (
     backend,
 )
 from engines.backends.providers import PLUGIN
-from engines.serving.load import task_model
+from engines.serving.load import load_part, task_model
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.task_part import task_part
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 from lora.progress import unheard
 
+REFERENCE = "reference"  # a backend that these tests add
 OPTIONS = BuildOptions(profiles=({"batch": AxisRange(1, 1, 8), "sequence": AxisRange(1, 16, 64)},))
 GARBAGE = b"garbage " * 50
 # What each library says of such bytes; it must reach the user.
 SAID = {name: "Failed to parse" if name.startswith("tensorrt") else "protobuf parsing failed" for name in BACKENDS}
+SAID[REFERENCE] = "Error parsing message"
 
 
-@pytest.fixture(params=BACKENDS)
-def name(request: pytest.FixtureRequest) -> BackendName:
+@pytest.fixture(params=(*BACKENDS, REFERENCE))
+def name(request: pytest.FixtureRequest) -> str:
     """Every backend that is installed; those that the development environment brings must be."""
-    if request.param not in ("onnxruntime", "tensorrt-rtx"):
+    if request.param not in ("onnxruntime", "tensorrt-rtx", REFERENCE):
         skip_unless_installed(request.param)
     return request.param
 
@@ -53,8 +57,8 @@ def skip_unless_installed(name: BackendName) -> None:
 
 
 @pytest.fixture
-def chosen(name: BackendName) -> Backend:
-    return backend(name)
+def chosen(name: str) -> Backend:
+    return Reference() if name == REFERENCE else backend(name)
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def tiny_model(tiny_bundle: Bundle) -> Model:
 
 
 @pytest.fixture
-def session(name: BackendName, chosen: Backend, tiny_model: Model, tmp_path: Path) -> Session:
+def session(name: str, chosen: Backend, tiny_model: Model, tmp_path: Path) -> Session:
     """A loaded engine; only a backend that computes on a device may decline, and only where there is none."""
     plan = chosen.build(tiny_model, OPTIONS, unheard)
     path = tmp_path / "task.plan"
@@ -72,7 +76,7 @@ def session(name: BackendName, chosen: Backend, tiny_model: Model, tmp_path: Pat
     try:
         return chosen.load(tiny_model, path if plan.content is not None else None)
     except NoDeviceError as error:
-        if name == "onnxruntime" or Path("/dev/nvidiactl").exists() or len(str(error).splitlines()) != 1:
+        if name in ("onnxruntime", REFERENCE) or Path("/dev/nvidiactl").exists() or len(str(error).splitlines()) != 1:
             raise
         pytest.skip(f"{name} builds here and says of running: {error}")
 
@@ -132,22 +136,18 @@ def test_session_refuses_inputs_that_the_model_does_not_take(
     assert next(iter(broken)) in one_line(error)
 
 
-def test_build_refuses_garbage_in_one_line_with_the_librarys_words(
-    name: BackendName, chosen: Backend, tiny_model: Model
-):
+def test_build_refuses_garbage_in_one_line_with_the_librarys_words(name: str, chosen: Backend, tiny_model: Model):
     with pytest.raises(EngineError) as error:
         chosen.build(replace(tiny_model, graph=GARBAGE), OPTIONS, unheard)
     assert re.search(SAID[name], one_line(error))
 
 
 def test_load_refuses_garbage_in_one_line_with_the_librarys_words(
-    name: BackendName, chosen: Backend, tiny_model: Model, tmp_path: Path
+    name: str, chosen: Backend, tiny_model: Model, tmp_path: Path
 ):
     (tmp_path / "task.plan").write_bytes(GARBAGE)
     with pytest.raises(EngineError) as error:
-        chosen.load(
-            replace(tiny_model, graph=GARBAGE), None if name.startswith("onnxruntime") else tmp_path / "task.plan"
-        )
+        chosen.load(replace(tiny_model, graph=GARBAGE), tmp_path / "task.plan" if chosen.has_plans else None)
     assert re.search("driver|CUDA" if isinstance(error.value, NoDeviceError) else SAID[name], one_line(error))
 
 
@@ -161,3 +161,16 @@ def test_unknown_backend_is_refused_with_the_known_ones():
 def test_backend_that_is_not_installed_names_its_extra():
     with pytest.raises(EngineError, match=r"'tensorrt' is not installed .*install lorafuse\[tensorrt\]$"):
         backend("tensorrt")
+
+
+def test_a_backend_of_ones_own_runs_a_task_through_every_room(tiny_bundle: Bundle, tokens: dict[str, Array]):
+    """It is handed in: no room has to learn its name."""
+    part = task_part(tiny_bundle, "first")
+    with (
+        load_part(part, REFERENCE, Reference()) as ours,
+        load_part(part, "onnxruntime", backend("onnxruntime", 1)) as its,
+    ):
+        got, want = ours.run(tokens)["logits"], its.run(tokens)["logits"]
+    np.testing.assert_allclose(
+        got, want, rtol=0, atol=engines_bound(part.bundle.path / part.part.model.path, 5) * np.abs(want).max()
+    )

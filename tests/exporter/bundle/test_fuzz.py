@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from exporter.bundle.check import check_bundle
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.manifest_file import MANIFEST
-from exporter.bundle.records import Engine, File, all_files, encode
+from exporter.bundle.records import MODEL, Engine, File, all_files, encode
 from exporter.bundle.staging import describe
 from exporter.task import add_task
 from lora.errors import BundleError
@@ -42,9 +42,11 @@ def bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Pat
     (path / "engines").mkdir()
     (path / "engines/first.plan").write_bytes(b"a plan")
     first = manifest.tasks["first"]
-    engine = Engine("tensorrt", "10", "8.9", first.model.sha256, "0" * 64, describe(path, "engines/first.plan"))
+    part = first.parts[MODEL]
+    engine = Engine("tensorrt", "10", "8.9", part.model.sha256, "0" * 64, describe(path, "engines/first.plan"))
+    part = msgspec.structs.replace(part, engines=(engine,))
     base = msgspec.structs.replace(manifest.base, weights=(describe(path, weights),))
-    tasks = {**manifest.tasks, "first": msgspec.structs.replace(first, engines={"tensorrt": engine})}
+    tasks = {**manifest.tasks, "first": msgspec.structs.replace(first, parts={MODEL: part})}
     (path / MANIFEST).write_bytes(encode(msgspec.structs.replace(manifest, base=base, tasks=tasks)))
     assert check_bundle(path) == []
     return path

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
 from exporter.bundle.layout import ModelWeights, key, to_graph, to_model
+from exporter.bundle.records import Weight
 from lora.files.tensorfile import Array, TensorFile
 
 Order = tuple[int, ...] | None
@@ -50,6 +51,10 @@ def test_a_weight_in_the_models_own_order_is_kept_under_its_own_name():
     assert key("layer.weight", (1, 0)) == "layer.weight@1,0"
 
 
+# The weights of the graph that ``files`` is of.
+W, B = Weight((1, 0), (3, 2), "float64"), Weight(None, (2,), "float64")
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> list[TensorFile]:
     """A base with two weights, one of them transposed, and a task that changes the latter."""
@@ -59,22 +64,22 @@ def files(tmp_path: Path) -> list[TensorFile]:
 
 
 def test_weights_are_seen_in_the_models_order(files: list[TensorFile]):
-    weights = ModelWeights(files[:1], {"w": (1, 0), "b": None})
+    weights = ModelWeights(files[:1], {"w": W, "b": B})
     np.testing.assert_array_equal(weights["w"], np.arange(6.0).reshape(3, 2).T)
 
 
 def test_a_later_file_wins(files: list[TensorFile]):
-    weights = ModelWeights(files, {"w": (1, 0), "b": None})
+    weights = ModelWeights(files, {"w": W, "b": B})
     np.testing.assert_array_equal(weights["w"], np.ones((2, 3)))
     np.testing.assert_array_equal(weights["b"], np.zeros(2))
 
 
 def test_a_weight_kept_in_another_order_is_not_taken_for_this_one(files: list[TensorFile]):
-    weights = ModelWeights(files, {"w": None, "b": None})
+    weights = ModelWeights(files, {"w": Weight(None, (3, 2), "float64"), "b": B})
     assert dict.fromkeys(weights) == {"b": None}
     assert "w" not in weights
     assert len(weights) == 1
 
 
 def test_a_weight_of_another_shape_is_another_graphs(files: list[TensorFile]):
-    assert ModelWeights(files, {"w": (1, 0), "b": None}, {"w@1,0": (2, 2), "b": (2,)}).keys() == {"b"}
+    assert ModelWeights(files, {"w": Weight((1, 0), (2, 2), "float64"), "b": B}).keys() == {"b"}

@@ -64,12 +64,23 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path):
         open_bundle(tmp_path)
 
 
-def test_an_earlier_schema_is_refused_with_both_versions(tiny_copy: Path):
-    edited(tiny_copy, lambda content: content.update(schema=SCHEMA - 1))
+@pytest.mark.parametrize("schema", [SCHEMA - 2, 0, -1])
+def test_an_earlier_schema_is_refused_with_both_versions(tiny_copy: Path, schema: int):
+    edited(tiny_copy, lambda content: content.update(schema=schema))
     with pytest.raises(
         BundleError,
-        match=rf"schema {SCHEMA - 1} is of an earlier lorafuse, and this one reads {SCHEMA}; export the tasks again",
+        match=rf"schema {schema} is of an earlier lorafuse, and this one reads {SCHEMA}; export the tasks again",
     ):
+        open_bundle(tiny_copy)
+
+
+def test_the_last_schema_is_refused_with_the_command_that_upgrades_it(tiny_copy: Path):
+    edited(tiny_copy, lambda content: content.update(schema=SCHEMA - 1))
+    said = (
+        f"{tiny_copy / 'manifest.json'}: schema {SCHEMA - 1} is of an earlier lorafuse, and this one reads {SCHEMA};"
+        f" run 'lorafuse bundle upgrade {tiny_copy}'"
+    )
+    with pytest.raises(BundleError, match=rf"\A{re.escape(said)}\Z"):
         open_bundle(tiny_copy)
 
 
@@ -81,13 +92,30 @@ def test_a_newer_schema_is_refused_with_both_versions(tiny_copy: Path):
         open_bundle(tiny_copy)
 
 
+def a_graph(content: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(content["graphs"].values()))
+
+
+def a_part(content: dict[str, Any]) -> dict[str, Any]:
+    return content["tasks"]["first"]["parts"]["model"]
+
+
 def at(content: dict[str, Any], place: str) -> Any:
     for step in place.split("/") if place else ():
         content = content[int(step) if step.isdigit() else step]
     return content
 
 
-PLACES = ["", "base", "base/weights/0", "tasks/first", "tasks/first/model", "tasks/first/adapter/1"]
+# A field that may not be absent, by the place of what has it.
+PLACES = {
+    "": "base",
+    "base": "longest",
+    "base/weights/0": "sha256",
+    "tasks/first": "parts",
+    "tasks/first/parts/model": "graph",
+    "tasks/first/parts/model/model": "size",
+    "tasks/first/adapter/1": "path",
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -97,9 +125,7 @@ def test_an_unknown_field_is_refused_by_name(tiny_copy: Path, place: str):
         open_bundle(tiny_copy)
 
 
-@pytest.mark.parametrize(
-    ("place", "field"), list(zip(PLACES, ["base", "longest", "sha256", "graph", "size", "path"], strict=True))
-)
+@pytest.mark.parametrize(("place", "field"), PLACES.items())
 def test_an_absent_field_is_refused_by_name(tiny_copy: Path, place: str, field: str):
     edited(tiny_copy, lambda content: at(content, place).pop(field))
     with pytest.raises(BundleError, match=rf"not a bundle's manifest \(.*{field}"):
@@ -131,7 +157,14 @@ BAD_PATHS = [
 
 @pytest.mark.parametrize("path", BAD_PATHS)
 @pytest.mark.parametrize(
-    "place", ["base/weights/0", "base/files/1", "tasks/first/model", "tasks/first/weights", "tasks/first/adapter/0"]
+    "place",
+    [
+        "base/weights/0",
+        "base/files/1",
+        "tasks/first/parts/model/model",
+        "tasks/first/parts/model/weights",
+        "tasks/first/adapter/0",
+    ],
 )
 def test_a_path_that_leaves_the_bundle_is_its_manifest_or_unprintable_is_refused(
     tiny_copy: Path, place: str, path: str
@@ -155,11 +188,10 @@ ENGINE = {
 @pytest.mark.parametrize(
     "add",
     [
-        pytest.param(lambda content: content["tasks"]["first"].update(engines={"b": ENGINE}), id="a task's engine"),
-        pytest.param(
-            lambda content: next(iter(content["graphs"].values())).update(engines={"b": ENGINE}), id="a graph's engine"
-        ),
+        pytest.param(lambda content: a_part(content).update(engines=[ENGINE]), id="a task's engine"),
+        pytest.param(lambda content: a_graph(content).update(engines=[ENGINE]), id="a graph's engine"),
         pytest.param(lambda content: content.update(timing_caches={"any": LEADING_OUT}), id="a timing cache"),
+        pytest.param(lambda content: content["base"].update(structure=LEADING_OUT), id="the base's structure"),
     ],
 )
 def test_an_engines_path_is_held_to_the_same_rules(tiny_copy: Path, add: Callable[[Any], None]):
@@ -180,12 +212,24 @@ def test_an_engines_path_is_held_to_the_same_rules(tiny_copy: Path, add: Callabl
             "the base's longest is -1; expected a number of tokens, or 0 for none",
         ),
         (
-            lambda content: next(iter(content["graphs"].values())).update(outputs=[]),
+            lambda content: a_graph(content).update(outputs=[]),
             "… has no outputs; export its tasks again",
         ),
         (
-            lambda content: next(iter(content["graphs"].values()))["head"].update(task_type="\x1b[31m"),
+            lambda content: a_graph(content)["head"].update(task_type="\x1b[31m"),
             "is of the task type '\\x1b[31m', which can't be printed",
+        ),
+        (
+            lambda content: a_graph(content).update(part="Text tower"),
+            "… is of the part 'Text tower', which is no name of a part; export its tasks again",
+        ),
+        (
+            lambda content: a_graph(content).update(part="decoder"),
+            "task 'first' has as its part 'model' a graph of the part 'decoder'; export the task again",
+        ),
+        (
+            lambda content: content["tasks"]["first"].update(parts={}),
+            "task 'first' has no parts; export the task again",
         ),
     ],
 )
@@ -195,10 +239,56 @@ def test_what_no_reader_could_use_is_refused(tiny_copy: Path, edit: Edit, said: 
         open_bundle(tiny_copy)
 
 
+@pytest.mark.parametrize("role", ["", "Model", "2nd", "vision-tower", "vision tower", "é", "model\n", "a" * 33])
+def test_a_part_whose_name_can_not_stand_in_a_file_name_is_refused(tiny_copy: Path, role: str):
+    def edit(content: dict[str, Any]) -> None:
+        a_graph(content).update(part=role)
+        content["tasks"]["first"].update(parts={role: a_part(content)})
+
+    with pytest.raises(BundleError, match=rf"is of the part {re.escape(repr(role))}, which is no name of a part"):
+        open_bundle(edited(tiny_copy, edit))
+
+
+@pytest.mark.parametrize("role", ["vision", "text_encoder_2", "a" * 32])
+def test_a_part_may_have_another_name_than_model(tiny_copy: Path, role: str):
+    def edit(content: dict[str, Any]) -> None:
+        a_graph(content).update(part=role)
+        content["tasks"]["first"].update(parts={role: a_part(content)})
+
+    assert list(open_bundle(edited(tiny_copy, edit)).task("first").parts) == [role]
+
+
+TRANSPOSED = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.mark.parametrize("order", [[0], [0, 0], [1, 2], [0, 1, 2], [-1, 0], []])
+def test_an_order_that_is_none_of_the_weights_axes_is_refused(tiny_copy: Path, order: list[int]):
+    edited(tiny_copy, lambda content: a_graph(content)["weights"][TRANSPOSED].update(order=order))
+    said = f"… stores '{TRANSPOSED}' in an order of axes that its shape does not have; export its tasks again"
+    with pytest.raises(BundleError, match=rf"manifest\.json: the graph '[0-9a-f]{{12}}'{re.escape(said)}\Z"):
+        open_bundle(tiny_copy)
+
+
+@pytest.mark.parametrize("integers", ["int4", "int8"])
+def test_a_weight_that_is_stored_in_integers_is_refused_by_name(tiny_copy: Path, integers: str):
+    stored = {"as": integers, "block": 32, "axis": 0}
+    edited(tiny_copy, lambda content: a_graph(content)["weights"][TRANSPOSED].update(stored=stored))
+    said = f"weight '{TRANSPOSED}' is stored as {integers}, which this version can't read; update lorafuse"
+    with pytest.raises(BundleError, match=rf"manifest\.json: {re.escape(said)}\Z"):
+        open_bundle(tiny_copy)
+
+
+@pytest.mark.parametrize("stored", ["int4", None, {"as": "int3", "block": 32, "axis": 0}, {"as": "int4", "block": 32}])
+def test_a_weight_that_is_stored_in_no_known_way_is_refused(tiny_copy: Path, stored: object):
+    edited(tiny_copy, lambda content: a_graph(content)["weights"][TRANSPOSED].update(stored=stored))
+    with pytest.raises(BundleError, match=r"not a bundle's manifest \(.*stored"):
+        open_bundle(tiny_copy)
+
+
 @pytest.mark.parametrize(("outputs", "labels"), [(2, []), (1, [])])
 def test_a_task_needs_no_labels(tiny_copy: Path, outputs: int, labels: list[str]):
     def edit(content: dict[str, Any]) -> None:
-        next(iter(content["graphs"].values()))["head"].update(outputs=outputs)
+        a_graph(content)["head"].update(outputs=outputs)
         content["tasks"]["first"].update(labels=labels)
 
     assert open_bundle(edited(tiny_copy, edit)).task("first").labels == ()
@@ -212,7 +302,7 @@ def test_a_task_name_in_the_manifest_is_checked_too(tiny_copy: Path, name: str):
 
 
 def test_a_task_whose_graph_is_not_there_is_refused(tiny_copy: Path):
-    edited(tiny_copy, lambda content: content["tasks"]["first"].update(graph="f" * 64))
+    edited(tiny_copy, lambda content: a_part(content).update(graph="f" * 64))
     with pytest.raises(BundleError, match="task 'first' names the graph 'ffffffffffff'…, which the manifest lacks"):
         open_bundle(tiny_copy)
 
@@ -323,7 +413,7 @@ def test_a_bundles_name_longer_than_the_system_takes_is_refused(tmp_path: Path):
 
 
 def test_a_file_name_longer_than_the_system_takes_is_refused(tiny_copy: Path):
-    bundle = open_bundle(edited(tiny_copy, lambda content: content["tasks"]["first"]["model"].update(path="a" * 300)))
+    bundle = open_bundle(edited(tiny_copy, lambda content: a_part(content)["model"].update(path="a" * 300)))
     with pytest.raises(BundleError, match="File name too long"):
         bundle.checked(bundle.task("first").parts[MODEL].model)
     with pytest.raises(BundleError, match="File name too long"):
@@ -331,7 +421,7 @@ def test_a_file_name_longer_than_the_system_takes_is_refused(tiny_copy: Path):
 
 
 def test_a_folder_name_longer_than_the_system_takes_is_refused(tiny_copy: Path):
-    edited(tiny_copy, lambda content: content["tasks"]["first"]["model"].update(path="a" * 300 + "/x"))
+    edited(tiny_copy, lambda content: a_part(content)["model"].update(path="a" * 300 + "/x"))
     with pytest.raises(BundleError, match="File name too long"):
         open_bundle(tiny_copy)
 
@@ -343,9 +433,9 @@ NO_MANIFESTS = [
     b"null",
     b"\xff",
     b'{"schema": "1"}',
-    b'{"schema": 3}',
+    f'{{"schema": {SCHEMA}}}'.encode(),
     b'{"schema": 1e999}',
-    b'{"schema": 3, "x": ' + b"[" * 100_000,
+    f'{{"schema": {SCHEMA}, "x": '.encode() + b"[" * 100_000,
 ]
 
 

@@ -54,7 +54,7 @@ def test_some_tasks_come_with_the_base_and_without_the_others(two_tasks: Path, t
     assert check_bundle(again) == []
     manifest = open_bundle(again).manifest
     assert list(manifest.tasks) == ["second"]
-    assert set(manifest.graphs) == {manifest.tasks["second"].graph}
+    assert set(manifest.graphs) == {manifest.tasks["second"].parts[MODEL].graph}
     assert not list(again.glob("first-*"))
 
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from exporter.bundle.manifest import Bundle, open_bundle
-from exporter.bundle.records import MODEL, SCHEMA, Base, Graph, Head, Manifest, Port, Task, all_files
+from exporter.bundle.records import MODEL, SCHEMA, Base, Graph, Head, Manifest, Part, Port, Task, all_files
 from exporter.bundle.staging import commit, current_bundle, describe, named_by_content, staging
 from lora.errors import AdapterError, BundleError
 
@@ -29,14 +29,13 @@ def staged_task(stage: Path, name: str, content: str) -> Task:
     for path in paths:
         (stage / path).write_text(f"{path} {content}" * 10)
     model, weights, adapter = (describe(stage, path) for path in paths)
-    return Task(
-        graph="g", model=model, weights=weights, store="dense", adapter=(adapter,), adapter_sha256="0", labels=()
-    )
+    part = Part(graph="g", model=model, weights=weights)
+    return Task(parts={MODEL: part}, store="dense", adapter=(adapter,), adapter_sha256="0", labels=())
 
 
 def with_task(current: Manifest | None, name: str, task: Task) -> Manifest:
     base = Base(sha256="0", precision="float32", longest=1, vocabulary=1, weights=(), files=())
-    graphs = {"g": Graph(Head("SEQ_CLS", 1), (), (Port("logits", "float32", ("batch", 1)),), {})}
+    graphs = {"g": Graph(MODEL, Head("SEQ_CLS", 1), (), (Port("logits", "float32", ("batch", 1)),), {})}
     tasks = {**(current.tasks if current else {}), name: task}
     return Manifest(schema=SCHEMA, base=base, graphs=graphs, tasks=tasks, versions={})
 
