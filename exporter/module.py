@@ -17,7 +17,8 @@ from exporter.bundle.task_types import MODULE
 from exporter.graph.precision import torch_dtype
 from exporter.graph.signature import Called, Signature
 from exporter.source import Source
-from exporter.task import Exported, TaskDraft, adapter_of, check_same_base, export_traced, precision_of
+from exporter.task import adapter_of, check_same_base, export_traced, precision_of
+from exporter.writing import Exported, TaskDraft
 from lora.progress import Progress, unheard
 
 

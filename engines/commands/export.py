@@ -13,7 +13,7 @@ from engines.commands.terminal import print_json, print_table, progress
 from lora.wording import megabytes
 
 if TYPE_CHECKING:
-    from exporter.task import Exported
+    from exporter.writing import Exported
 
 
 class StoreChoice(StrEnum):

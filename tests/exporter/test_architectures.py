@@ -36,7 +36,7 @@ from tiny_models import (
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.records import MODEL
 from exporter.graph.digest import graph_digest
-from exporter.task import Exported
+from exporter.writing import Exported
 from lora.files.tensorfile import Array
 
 LONGEST = 28  # tokens, the past's included, in any test here
