@@ -18,7 +18,7 @@ import peft
 import pytest
 import torch
 import transformers
-from compiled import HERE, Built, run
+from compiled import BY_C, Built, run
 from tiny_models import IMAGE, TEXT
 
 import engines
@@ -172,7 +172,7 @@ def ask_by_c(built: Built) -> Iterator[Any]:
     running: list[subprocess.Popen[str]] = []
 
     def opened(bundle: Path, mode: int = 0, memory: int = 0) -> Any:
-        command = [sys.executable, HERE / "by_c.py", built.shared / "liblorafuse.so", bundle, str(mode), str(memory)]
+        command = [sys.executable, BY_C, built.shared / "liblorafuse.so", bundle, str(mode), str(memory)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         running.append(process)
 
@@ -289,7 +289,7 @@ def test_of_a_model_of_several_parts_one_must_be_named(built: Built, ask_by_c: A
 @pytest.mark.parametrize("threads", [-1, 10**6])
 def test_threads_that_the_machine_does_not_have_are_refused_through_c(built: Built, bundle: Bundle, threads: int):
     library = built.shared / "liblorafuse.so"
-    printed = run(sys.executable, HERE / "by_c.py", library, bundle.path, "0", "0", "0", str(threads))
+    printed = run(sys.executable, BY_C, library, bundle.path, "0", "0", "0", str(threads))
     said = f"threads {threads}: expected 0 for every core, or 1 to {os.cpu_count()}, which this machine has"
     assert json.loads(printed) == {"error": said}
 
@@ -303,9 +303,7 @@ def test_threads_that_the_machine_does_not_have_are_refused_through_c(built: Bui
     ],
 )
 def test_an_option_of_c_that_there_is_not_is_refused(built: Built, bundle: Bundle, mode: int, backend: int, said: str):
-    printed = run(
-        sys.executable, HERE / "by_c.py", built.shared / "liblorafuse.so", bundle.path, str(mode), "0", str(backend)
-    )
+    printed = run(sys.executable, BY_C, built.shared / "liblorafuse.so", bundle.path, str(mode), "0", str(backend))
     assert json.loads(printed) == {"error": said}
 
 
