@@ -32,8 +32,9 @@ def heads_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart
     A model of two towers has both as parts where the adapter changes the text's; the image's alone is one model.
     Raises ExportError as ``head_of`` does.
     """
-    towers = TOWERS.get(str(read_config(folder).get("model_type")), {})
-    head = head_of(adapter, folder, task_type, apart)
+    config = read_config(folder)
+    towers = TOWERS.get(str(config.get("model_type")), {})
+    head = _head(adapter, folder, config, task_type, apart)
     if towers and head.task_type == "FEATURE_EXTRACTION" and _changes_any(adapter, towers["text"]):
         return dict.fromkeys(towers, head)
     return {MODEL: head}
@@ -47,7 +48,10 @@ def head_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart:
     type that is not one of ``TASK_TYPES``, an adapter of more than the part of a model that is exported, or a base
     without the configuration it needs.
     """
-    config = read_config(folder)
+    return _head(adapter, folder, read_config(folder), task_type, apart)
+
+
+def _head(adapter: Adapter, folder: Path, config: Mapping[str, Any], task_type: str | None, apart: bool) -> Head:
     kind = (
         task_type
         or ("FEATURE_EXTRACTION" if config.get("model_type") in ENCODERS else adapter.task_type)

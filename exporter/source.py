@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from exporter.bundle.records import Head, Precision
 from exporter.heads import embeddings_apart
-from exporter.transformers_base import base_weights, check_config, input_limits, skeleton, tied_groups
+from exporter.transformers_base import base_weights, input_limits, known_config, skeleton, tied_groups
 from lora.bases.checkpoint import weight_files
 from lora.files.tensorfile import Array, TensorFile
 
@@ -54,13 +54,12 @@ def checkpoint(folder: Path, fingerprint: Callable[[], str]) -> Source:
 
         return signature(skeleton(folder, head, precision, role), head, role)
 
-    check_config(folder)
-    longest, vocabulary = input_limits(folder)
+    longest, vocabulary = input_limits(folder, known_config(folder))
     return Source(
         name=str(folder),
         fingerprint=fingerprint,
         signature=traced,
-        weights=lambda role, head, replaced: base_weights(folder, role, head, replaced),
+        weights=lambda role, head, replaced: base_weights(folder, head, replaced, role),
         tied=lambda head: () if embeddings_apart(stored_names(folder)) else tied_groups(folder, head),
         files=tuple(folder / name for name in SIDE_FILES if (folder / name).is_file()),
         longest=longest,

@@ -54,7 +54,7 @@ def skeleton(folder: Path, head: Head, precision: Precision = "float32", role: s
         return model.eval()
 
 
-def base_weights(folder: Path, role: str, head: Head, replaced: Iterable[str]) -> Mapping[str, Array]:
+def base_weights(folder: Path, head: Head, replaced: Iterable[str], role: str = MODEL) -> Mapping[str, Array]:
     """The base's own weights by parameter name, float32, without those that a head of the adapter replaces.
 
     A tied weight stands under each of its names. Raises ExportError when a weight is neither in the checkpoint nor
@@ -104,11 +104,10 @@ def tied_groups(folder: Path, head: Head) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
-def input_limits(folder: Path) -> tuple[int, int]:
+def input_limits(folder: Path, config: Any) -> tuple[int, int]:
     """The longest sequence, in tokens, and the number of token ids; zeros for a model without tokens."""
     tokenizer = folder / "tokenizer_config.json"
     with _refusing(f"{folder}: config.json or tokenizer_config.json does not say the model's limits"):
-        config = _transformers().AutoConfig.from_pretrained(folder)
         said = json.loads(tokenizer.read_bytes()).get("model_max_length") if tokenizer.is_file() else None
         limit = int(said) if said else None
         longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512)
@@ -117,10 +116,10 @@ def input_limits(folder: Path) -> tuple[int, int]:
     return min(longest, limit) if limit else longest, vocabulary
 
 
-def check_config(folder: Path) -> None:
-    """Raises ExportError unless transformers knows the model in ``folder``."""
+def known_config(folder: Path) -> Any:
+    """transformers' configuration of the model in ``folder``. Raises ExportError unless it knows the model."""
     with _refusing(f"{folder / 'config.json'}: not a model that transformers knows"):
-        _transformers().AutoConfig.from_pretrained(folder)
+        return _transformers().AutoConfig.from_pretrained(folder)
 
 
 @contextmanager

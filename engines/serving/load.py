@@ -98,11 +98,9 @@ def load_part(part: TaskPart, name: str, chosen: Backend) -> Session:
 
 def task_model(part: TaskPart) -> Model:
     """The part's ONNX model, after its files were checked; what is stored as factors is merged now."""
-    bundle = part.bundle
-    for file in (*bundle.manifest.base.weights, *part.part.own_weights):
-        bundle.checked(file)
+    part = part.reopened()
     values = in_graph_order(part, merged_at_load(part))
-    return Model(bundle.checked(part.part.model).read_bytes(), bundle.path, values)
+    return Model(part.bundle.checked(part.part.model).read_bytes(), part.bundle.path, values)
 
 
 def engine_here(engines: tuple[Engine, ...], name: str, chosen: Backend) -> Engine | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from exporter.bundle.layout import ModelWeights, WeightMap
@@ -46,6 +46,12 @@ class TaskPart:
     def own(self) -> ModelWeights:
         """The tensors that the bundle stores for the task, by parameter name."""
         return ModelWeights(map(TensorFile, map(self.bundle.checked, self.part.own_weights)), self.graph.weights)
+
+    def reopened(self) -> TaskPart:
+        """The same part with the files of its weights opened now: what was compared with a hash may have changed."""
+        part = replace(self)
+        _ = part.base, part.own
+        return part
 
     @property
     def own_names(self) -> frozenset[str]:

@@ -53,7 +53,7 @@ def read_examples(path: Path, kind: Kind, columns: Columns, labels: Sequence[str
     """Read the examples. ``labels`` are the classes, where another file has already said them.
 
     Raises CheckpointError naming the file, and the row, where a file can't be read, is empty, lacks a column, or holds
-    a text that is none, a number that is none, or a class that ``labels`` lack.
+    an empty text, a target that is not a number, or a class that is not among ``labels``.
     """
     table = _table(path)
     texts = _column(path, table, columns.text)

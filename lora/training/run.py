@@ -151,7 +151,7 @@ def _metric(learner: Learner, validation: Examples) -> Callable[[Any], dict[str,
 
 
 class _Watch(transformers.TrainerCallback):
-    """Reports every step, stops at a loss that is none, and marks whole checkpoints."""
+    """Reports every step, stops when the loss is not finite, and marks whole checkpoints."""
 
     def __init__(self, report: Report, planned: int) -> None:
         self._report, self._planned, self._loss = report, planned, ""

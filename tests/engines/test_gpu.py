@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -26,7 +27,7 @@ from engines.latency.price import price
 from engines.latency.report import Load
 from engines.latency.run import run
 from exporter.bundle.manifest import Bundle, open_bundle
-from exporter.bundle.records import MODEL
+from exporter.bundle.records import MODEL, encode
 from exporter.bundle.task_part import task_part
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
@@ -102,7 +103,7 @@ def test_shapes_that_change_from_run_to_run_never_meet_a_graph_of_others(built: 
 
 
 def test_contexts_over_one_engine_answer_alike(built: Path, flavour: BackendName):
-    with engines.load(built, "first", flavour) as session, session.sibling() as other:
+    with engines.load(built, "first", flavour) as session, session.part().sibling() as other:
         for inputs in inputs_of(open_bundle(built)):
             np.testing.assert_array_equal(session.run(inputs)["logits"], other.run(inputs)["logits"])
 
@@ -122,7 +123,8 @@ def test_a_plan_that_is_none_is_refused_in_one_line(
     built: Path, flavour: BackendName, content: bytes | None, tmp_path: Path
 ):
     bundle = open_bundle(built)
-    whole = bundle.checked(bundle.task("first").parts[MODEL].engines[flavour].file).read_bytes()
+    (engine,) = bundle.task("first").parts[MODEL].engines
+    whole = bundle.checked(engine.file).read_bytes()
     (tmp_path / "plan").write_bytes(whole[: len(whole) // 2] if content is None else content)
     with pytest.raises(EngineError, match="the plan was refused: ") as refused:
         backend(flavour).load(engines.backends.Model(b"", tmp_path), tmp_path / "plan")
@@ -132,7 +134,7 @@ def test_a_plan_that_is_none_is_refused_in_one_line(
 def test_the_tasks_engine_and_the_bases_have_the_same_layers_and_tactics(built: Path, flavour: BackendName):
     """With the timing cache that the first build leaves in the bundle."""
     build_unadapted(built, "first", Asked(flavour, BuildOptions()))
-    found = compared(open_bundle(built), "first", flavour)
+    found = compared(task_part(open_bundle(built), "first"), flavour)
     assert (found.layers > 5, found.differences) == (True, ())
 
 
@@ -143,11 +145,11 @@ def test_a_shared_engine_is_proven_and_then_answers_as_a_built_one(built: Path, 
     build_unadapted(built, "first", Asked(flavour, options))
     proof = prove(built, "first", Asked(flavour, options))
     assert proof.moved > 10 * proof.difference
-    bundle = open_bundle(built)
-    del bundle.task("first").parts[MODEL].engines[flavour]  # so that the shared one is loaded
-    from exporter.bundle.records import encode
-
-    (built / "manifest.json").write_bytes(encode(bundle.manifest))
+    manifest = open_bundle(built).manifest
+    task = manifest.tasks["first"]
+    part = msgspec.structs.replace(task.parts[MODEL], engines=())  # so that the shared one is loaded
+    manifest.tasks["first"] = msgspec.structs.replace(task, parts={MODEL: part})
+    (built / "manifest.json").write_bytes(encode(manifest))
     assert_close(outputs(built, flavour), own)
 
 
@@ -168,10 +170,10 @@ def test_every_way_to_an_engine_has_its_price(built: Path, flavour: BackendName,
 
 def test_a_tasks_latency_is_measured_with_the_devices_own_times(built: Path, flavour: BackendName):
     build_unadapted(built, "first", Asked(flavour, BuildOptions()))
-    bundle, load = open_bundle(built), Load(1, 16)
+    part, load = task_part(open_bundle(built), "first"), Load(1, 16)
     with opener(flavour, 1) as opens:
-        arms = arms_of(task_part(bundle, "first"), opens, ["adapter-h"])
-        [report] = run(bundle, "first", arms, [load], Protocol(5.0), 1)
+        arms = arms_of(part, opens, ["adapter-h"])
+        [report] = run(part, arms, [load], Protocol(5.0), 1)
     [point] = report.points
     assert (
         [times.arm for times in point.device]

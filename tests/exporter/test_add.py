@@ -133,8 +133,8 @@ stride, sees_writes = 3, False
 
 
 def test_factors_hold_what_the_adapter_brings_whole_and_no_merged_tensor(stored_both_ways: Path):
-    record = open_bundle(stored_both_ways).task("factors")
-    assert set(TensorFile(stored_both_ways / record.weights.path)) == {"classifier.weight", "classifier.bias"}
+    part = open_bundle(stored_both_ways).task("factors").parts[MODEL]
+    assert set(TensorFile(stored_both_ways / part.weights.path)) == {"classifier.weight", "classifier.bias"}
     assert check_bundle(stored_both_ways) == []
 
 
@@ -157,20 +157,16 @@ def test_factors_are_merged_into_the_numbers_that_a_dense_task_has(stored_both_w
 
 
 def test_a_task_stored_as_factors_is_verified_like_another(stored_both_ways: Path, token_ids):
-    bundle = open_bundle(stored_both_ways)
-    result = verify(
-        bundle, "factors", [token_ids()], {"engine": lambda inputs: outputs(stored_both_ways, "factors", dict(inputs))}
-    )
+    part = task_part(open_bundle(stored_both_ways), "factors")
+    result = verify(part, [token_ids()], {"engine": lambda inputs: outputs(stored_both_ways, "factors", dict(inputs))})
     assert result.passed
     assert [stage.name for stage in result.stages if stage.passed] == ["stored weights", "merged torch", "engine"]
 
 
 def test_an_engine_that_leaves_the_factors_out_is_not_within_the_bound(stored_both_ways: Path, token_ids):
-    bundle = open_bundle(stored_both_ways)
-    plain = onnxruntime.InferenceSession(stored_both_ways / bundle.task("factors").parts[MODEL].model.path)
-    assert not verify(
-        bundle, "factors", [token_ids()], {"engine": lambda inputs: plain.run(None, dict(inputs))[0]}
-    ).passed
+    part = task_part(open_bundle(stored_both_ways), "factors")
+    plain = onnxruntime.InferenceSession(stored_both_ways / part.part.model.path)
+    assert not verify(part, [token_ids()], {"engine": lambda inputs: plain.run(None, dict(inputs))[0]}).passed
 
 
 # --- The base itself, and graphs that tasks share --------------------------------------------------------------------
@@ -192,14 +188,14 @@ def test_the_base_as_a_task_is_the_base(headed: Path, token_ids):
     import transformers
 
     bundle = open_bundle(headed)
-    record = bundle.task("unadapted")
-    assert (record.adapter, record.weights) == ((), None)
+    part = task_part(bundle, "unadapted")
+    assert (part.task.adapter, part.part.weights) == ((), None)
     with torch.no_grad():
         model = transformers.BertForSequenceClassification.from_pretrained(headed.parent / "headed").eval()
         want = model(**{name: torch.from_numpy(values) for name, values in token_ids().items()}).logits.numpy()
-    bound = engines_bound(headed / record.model.path, 7) * np.abs(want).max()
+    bound = engines_bound(headed / part.part.model.path, 7) * np.abs(want).max()
     np.testing.assert_allclose(outputs(headed, "unadapted", token_ids()), want, rtol=0, atol=bound)
-    assert verify(task_part(bundle, "unadapted"), [token_ids()], {}).passed
+    assert verify(part, [token_ids()], {}).passed
 
 
 def test_the_bases_own_head_comes_with_the_first_task_that_needs_it(
@@ -364,9 +360,8 @@ def test_a_head_of_another_size_than_the_bases_own_stands_beside_it(
     assert check_bundle(together) == []
     for task, alone in (("unadapted", "unadapted"), ("three", "of_another_head"), ("added", "added")):
         np.testing.assert_array_equal(outputs(together, task, token_ids()), outputs(apart / alone, task, token_ids()))
-        assert verify(
-            open_bundle(together), task, [token_ids()], {"ONNX graph": partial(outputs, together, task)}
-        ).passed
+        part = task_part(open_bundle(together), task)
+        assert verify(part, [token_ids()], {"ONNX graph": partial(outputs, together, task)}).passed
 
 
 @pytest.mark.parametrize("mode", ["dedicated", "resident"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.bundle.records import Head
-from exporter.heads import head_of, is_of_head
+from exporter.bundle.records import MODEL, Head
+from exporter.heads import head_of, heads_of, is_of_head
 from lora.adapter import Adapter, LowRank, Replacement, Rows
 from lora.errors import ExportError
 
@@ -88,24 +88,45 @@ def test_what_whisper_was_trained_in_does_not_change_that(base):
     assert head_of(adapter_with("SEQ_2_SEQ_LM"), config) == Head("FEATURE_EXTRACTION", 32)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "module", "exported"),
-    [
-        ("whisper", "model.decoder.layers.0.encoder_attn.q_proj", "encoder"),
-        ("clip", "text_model.encoder.layers.0.self_attn.q_proj", "vision tower"),
-    ],
-)
-def test_an_adapter_of_the_part_that_is_not_exported_is_refused(base, model_type: str, module: str, exported: str):
-    config = base(model_type=model_type, d_model=32)
+def test_an_adapter_of_the_part_that_is_not_exported_is_refused(base):
+    module = "model.decoder.layers.0.encoder_attn.q_proj"
+    config = base(model_type="whisper", d_model=32)
     said = (
-        f"adapter: changes '{module}', but of a {model_type} model the {exported} alone is exported; train one of the"
-        f" {exported}"
+        f"adapter: changes '{module}', but of a whisper model the encoder alone is exported; train one of the encoder"
     )
     with pytest.raises(ExportError) as refused:
         head_of(adapter_with(None, low_rank(module)), config)
     assert str(refused.value) == said
-    sound = low_rank(module.replace("decoder", "encoder").replace("text_model", "vision_model"))
+    sound = low_rank(module.replace("decoder", "encoder"))
     assert head_of(adapter_with(None, sound), config).task_type == "FEATURE_EXTRACTION"
+
+
+TEXT = low_rank("text_model.encoder.layers.0.self_attn.q_proj")
+VISION = low_rank("vision_model.encoder.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("changes", "roles"),
+    [
+        ([TEXT], {"text", "vision"}),
+        ([TEXT, VISION], {"text", "vision"}),
+        ([low_rank("text_projection")], {"text", "vision"}),
+        ([VISION], {MODEL}),
+        ([low_rank("visual_projection")], {MODEL}),
+        ([], {MODEL}),
+    ],
+    ids=["text", "both", "the text's projection", "vision", "the image's projection", "neither"],
+)
+def test_a_model_of_two_towers_has_both_as_parts_where_the_text_is_changed(
+    base, changes: list[LowRank], roles: set[str]
+):
+    heads = heads_of(adapter_with(None, *changes), base(model_type="clip", projection_dim=32))
+    assert heads == dict.fromkeys(roles, Head("FEATURE_EXTRACTION", 32))
+
+
+def test_any_other_model_has_one_part(base):
+    config = base(architectures=["BertModel"], model_type="bert", hidden_size=8)
+    assert heads_of(adapter_with(None, TEXT), config) == {MODEL: Head("FEATURE_EXTRACTION", 8)}
 
 
 def test_the_users_word_comes_first_then_the_adapters(base):

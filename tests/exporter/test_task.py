@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -20,6 +19,7 @@ from ml_dtypes import bfloat16
 from onnx import TensorProto
 from safetensors.numpy import load_file, save_file
 
+from exporter.bundle.edits import with_task_engine
 from exporter.bundle.layout import key, to_graph
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL, Engine, encode, task_files
@@ -71,10 +71,13 @@ def test_zero_biases_and_layer_norms_of_ones_are_no_less_stored(tiny_bundle: Bun
 
 
 def test_the_weights_that_onnx_finds_are_the_merged_models(tiny_bundle: Bundle):
-    weights, values = task_part(tiny_bundle, "first").graph.weights, merged_values(task_part(tiny_bundle, "first"))
+    part = task_part(tiny_bundle, "first")
+    values = merged_values(part)
     loaded = {tensor.name: tensor for tensor in onnx.load(model_path(tiny_bundle, "first")).graph.initializer}
-    for name, order in weights.items():
-        np.testing.assert_array_equal(onnx.numpy_helper.to_array(loaded[name]), to_graph(values[name], order))
+    for name, weight in part.graph.weights.items():
+        found = onnx.numpy_helper.to_array(loaded[name])
+        np.testing.assert_array_equal(found, to_graph(values[name], weight.order))
+        assert (weight.shape, weight.dtype, weight.stored) == (found.shape, found.dtype.name, "plain")
 
 
 def test_base_weights_are_stored_once_and_without_the_head(real_bundle: Bundle, real_base: Path):
@@ -87,14 +90,14 @@ def test_base_weights_are_stored_once_and_without_the_head(real_bundle: Bundle, 
 
 @pytest.mark.parametrize("task", ["movies", "supersense"])
 def test_a_task_stores_only_what_it_changes(real_bundle: Bundle, task: str):
-    record = real_bundle.task(task)
+    part = real_bundle.task(task).parts[MODEL]
     adapted = {
         f"bert.encoder.layer.{layer}.attention.self.{target}.weight@1,0"
         for layer in range(6)
         for target in ("query", "value")
     }
-    assert set(TensorFile(real_bundle.checked(record.weights))) == adapted | HEAD
-    assert record.model.size < 100_000
+    assert set(TensorFile(real_bundle.checked(part.weights))) == adapted | HEAD
+    assert part.model.size < 100_000
 
 
 def test_a_second_head_adds_a_graph_but_no_base_weights(real_bundle: Bundle):
@@ -127,9 +130,9 @@ def test_second_task_with_the_same_head_adds_no_base_weights_and_needs_no_trace(
 
 def test_what_an_export_reports_is_what_lies_on_disk(tiny_copy: Path, tiny_base: Path, write_adapter):
     exported = export_task(Request(tiny_base, write_adapter(seed=1), "second"), tiny_copy)
-    assert {key(name, task_part(exported.bundle, "second").graph.weights[name]) for name in exported.changed} == set(
-        TensorFile(tiny_copy / exported.bundle.task("second").parts[MODEL].weights.path)
-    )
+    part = task_part(exported.bundle, "second")
+    stored = TensorFile(tiny_copy / part.part.weights.path)
+    assert {key(name, part.graph.weights[name].order) for name in exported.changed} == set(stored)
     assert open_bundle(tiny_copy) == exported.bundle
 
 
@@ -190,14 +193,13 @@ def test_stock_onnxruntime_loads_the_model_by_path_and_equals_torch(
     real_bundle: Bundle, token_ids, task: str, shape: tuple[int, int]
 ):
     """Two engines with kernels of their own: each is held to the same weights in float64."""
-    inputs, values = token_ids(shape), merged_values(task_part(real_bundle, task))
-    exact = torch_runner(task_part(real_bundle, task), values, exact=True)(inputs)
+    part = task_part(real_bundle, task)
+    inputs, values = token_ids(shape), merged_values(part)
+    exact = torch_runner(part, values, exact=True)(inputs)
     got = onnxruntime.InferenceSession(str(model_path(real_bundle, task))).run(None, inputs)[0]
     bound = engine_bound(model_path(real_bundle, task), shape[1]) * np.abs(exact).max()
     np.testing.assert_allclose(got, exact, rtol=0, atol=bound, err_msg="ONNX Runtime")
-    np.testing.assert_allclose(
-        torch_runner(task_part(real_bundle, task), values)(inputs), exact, rtol=0, atol=bound, err_msg="torch"
-    )
+    np.testing.assert_allclose(torch_runner(part, values)(inputs), exact, rtol=0, atol=bound, err_msg="torch")
 
 
 def planted(error: str, merged: dict[str, Array], base: dict[str, Array]) -> dict[str, Array]:
@@ -236,11 +238,10 @@ def test_the_bound_on_engines_is_below_what_errors_of_a_merge_do(real_bundle: Bu
     """In float64, which every processor computes alike at this size: an engine with the error is off by at least this
     much less its bound.
     """
-    inputs, merged = token_ids((3, 7)), merged_values(task_part(real_bundle, task))
-    wrong = planted(error, merged, base_values(task_part(real_bundle, task)))
-    exact, found = (
-        torch_runner(task_part(real_bundle, task), values, exact=True)(inputs) for values in (merged, wrong)
-    )
+    part = task_part(real_bundle, task)
+    inputs, merged = token_ids((3, 7)), merged_values(part)
+    wrong = planted(error, merged, base_values(part))
+    exact, found = (torch_runner(part, values, exact=True)(inputs) for values in (merged, wrong))
     assert np.abs(found - exact).max() > engines_bound(model_path(real_bundle, task), 7) * np.abs(exact).max()
 
 
@@ -308,26 +309,24 @@ def with_engine(bundle: Path) -> Engine:
     """Give the task ``first`` a built engine."""
     (bundle / "engines").mkdir()
     (bundle / "engines" / "first.plan").write_bytes(b"plan")
-    manifest = open_bundle(bundle).manifest
-    engine = Engine(
-        "tensorrt", "10", "8.9", manifest.tasks["first"].model.sha256, "0" * 64, describe(bundle, "engines/first.plan")
-    )
-    task = msgspec.structs.replace(manifest.tasks["first"], engines={"tensorrt": engine})
-    (bundle / "manifest.json").write_bytes(encode(msgspec.structs.replace(manifest, tasks={"first": task})))
+    opened = open_bundle(bundle)
+    model = opened.task("first").parts[MODEL].model
+    engine = Engine("tensorrt", "10", "8.9", model.sha256, "0" * 64, describe(bundle, "engines/first.plan"))
+    (bundle / "manifest.json").write_bytes(encode(with_task_engine(opened, "first", MODEL, engine)))
     return engine
 
 
 def test_engines_survive_the_same_export_again(tiny_copy: Path, tiny_base: Path, check_files):
     engine = with_engine(tiny_copy)
     again = export_task(Request(tiny_base, tiny_adapter(tiny_copy), "first"), tiny_copy)
-    assert again.bundle.task("first").parts[MODEL].engines == {"tensorrt": engine}
+    assert again.bundle.task("first").parts[MODEL].engines == (engine,)
     check_files(tiny_copy)
 
 
 def test_engines_of_another_adapter_go(tiny_copy: Path, tiny_base: Path, write_adapter):
     with_engine(tiny_copy)
     again = export_task(Request(tiny_base, write_adapter(seed=5), "first"), tiny_copy)
-    assert again.bundle.task("first").parts[MODEL].engines == {}
+    assert again.bundle.task("first").parts[MODEL].engines == ()
     assert not (tiny_copy / "engines").exists()
 
 
@@ -340,10 +339,9 @@ def tiny_adapter(bundle: Path) -> Path:
 def test_exporting_again_repairs_a_damaged_bundle_as_the_error_says(
     tiny_copy: Path, tiny_bundle: Bundle, tiny_base: Path, check_files, snapshot, damaged: str
 ):
-    task, manifest = tiny_bundle.task("first"), tiny_bundle.manifest
-    file = {"model": task.model, "weights": task.weights, "adapter": task.adapter[1], "base": manifest.base.weights[0]}[
-        damaged
-    ]
+    task, part = tiny_bundle.task("first"), tiny_bundle.task("first").parts[MODEL]
+    base = tiny_bundle.manifest.base.weights[0]
+    file = {"model": part.model, "weights": part.weights, "adapter": task.adapter[1], "base": base}[damaged]
     os.truncate(tiny_copy / file.path, file.size - 4)
     with pytest.raises(BundleError, match="export the task again"):
         check_files(tiny_copy)

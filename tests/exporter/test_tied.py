@@ -32,6 +32,7 @@ from tiny_models import (
     worst_differences,
 )
 
+from exporter.bundle.layout import to_model
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.task_part import task_part
 from lora.files.tensorfile import Array
@@ -69,11 +70,10 @@ class Case:
 
     def values(self, task: str) -> dict[str, Array]:
         """Their values, in the model's axis order."""
-        order = task_part(self.bundle, task).graph.weights
+        weights = task_part(self.bundle, task).graph.weights
         loaded = {tensor.name: tensor for tensor in onnx.load(model_path(self.bundle, task)).graph.initializer}
         return {
-            name: numpy_helper.to_array(loaded[name]).transpose(np.argsort(order[name] or (0, 1)))
-            for name in self.embeddings(task)
+            name: to_model(numpy_helper.to_array(loaded[name]), weights[name].order) for name in self.embeddings(task)
         }
 
 
@@ -162,6 +162,10 @@ def test_an_update_of_the_output_is_on_top_of_the_bases_embedding(case: Case, em
 def test_trained_tokens_change_their_rows_alone(case: Case, embedding: Array):
     changed = (case.values("tokens")[INPUT] != embedding).any(axis=1)
     assert np.flatnonzero(changed).tolist() == [5, 60]
+
+
+def test_the_bundle_says_which_parameters_are_one_tensor_in_the_base(case: Case):
+    assert case.bundle.manifest.base.tied == ((INPUT, OUTPUT),)
 
 
 def test_both_kinds_live_in_one_bundle_that_keeps_the_bases_embedding_once(case: Case):

@@ -17,7 +17,7 @@ from engines import load
 from exporter.bundle.records import Head
 from exporter.bundle.task_part import task_part
 from exporter.task import Request, export_task
-from exporter.transformers_base import base_weights, check_config, input_limits, skeleton
+from exporter.transformers_base import base_weights, input_limits, known_config, skeleton
 from lora.errors import ExportError
 
 TWO = Head("SEQ_CLS", 2)
@@ -108,7 +108,7 @@ def test_the_longest_input_fits_both_positions_and_tokenizer(
     (base / "tokenizer_config.json").unlink()
     if tokenizer is not None:
         (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    assert input_limits(base) == (longest, 30522)
+    assert input_limits(base, known_config(base)) == (longest, 30522)
 
 
 SHAPE = {
@@ -138,7 +138,7 @@ def test_positions_that_start_after_the_padding_id_leave_fewer_tokens(
         (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": said}))
     taken = max(length for length in range(1, 35) if takes(model, length))
     assert taken == 34 - config.pad_token_id - 1
-    assert input_limits(tmp_path / "base") == (min(taken, said or taken), 50)
+    assert input_limits(tmp_path / "base", known_config(tmp_path / "base")) == (min(taken, said or taken), 50)
 
 
 @pytest.mark.parametrize("name", ["Roberta", "MPNet"])
@@ -168,12 +168,12 @@ def takes(model: torch.nn.Module, length: int) -> bool:
 def test_a_tokenizer_config_that_makes_no_sense_is_refused(base: Path, content: str):
     (base / "tokenizer_config.json").write_text(content)
     with pytest.raises(ExportError, match=r"base: config\.json or tokenizer_config\.json"):
-        input_limits(base)
+        input_limits(base, known_config(base))
 
 
 def test_a_model_of_images_takes_no_tokens(base: Path):
     vision_model(base)
-    assert input_limits(base)[1] == 0
+    assert input_limits(base, known_config(base))[1] == 0
 
 
 CONFIGS = {
@@ -189,13 +189,13 @@ CONFIGS = {
 def test_a_config_that_transformers_does_not_know_is_refused_in_one_line(base: Path, content: str):
     (base / "config.json").write_text(content)
     with pytest.raises(ExportError, match=r"\A[^\n]*config\.json: not a model that transformers knows [^\n]*\Z"):
-        check_config(base)
+        known_config(base)
 
 
 def test_a_base_without_config_is_refused(base: Path):
     (base / "config.json").unlink()
     with pytest.raises(ExportError, match=r"config\.json: not a model that transformers knows"):
-        check_config(base)
+        known_config(base)
 
 
 def vision_model(base: Path) -> None:

@@ -19,6 +19,7 @@ from engines.building.refit_proof import _proven, prove
 from exporter.bundle.edits import remove_task
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL, Manifest, encode
+from exporter.bundle.task_part import task_part
 from exporter.task import Request, export_task
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import file_sha256
@@ -40,7 +41,7 @@ def plans(bundle: Path) -> list[str]:
 
 def test_engine_is_recorded_with_version_target_and_model(rtx_bundle: Path):
     bundle = open_bundle(rtx_bundle)
-    engine = bundle.task("first").parts[MODEL].engines["tensorrt-rtx"]
+    (engine,) = bundle.task("first").parts[MODEL].engines
     assert (engine.backend, engine.version, engine.target) == ("tensorrt-rtx", backend("tensorrt-rtx").version(), "8.9")
     assert engine.model_sha256 == bundle.task("first").parts[MODEL].model.sha256
     assert engine.file is not None
@@ -56,7 +57,7 @@ def test_onnxruntime_engine_is_the_model_itself_and_adds_no_file(tiny_copy: Path
         None,
         "CPUExecutionProvider",
     )
-    assert open_bundle(tiny_copy).task("first").parts[MODEL].engines == {"onnxruntime": built.engine}
+    assert open_bundle(tiny_copy).task("first").parts[MODEL].engines == (built.engine,)
     assert set(contents(tiny_copy)) == before
 
 
@@ -70,15 +71,17 @@ def test_built_engine_reports_its_plans_size(tiny_copy: Path):
 
 def test_engines_of_two_backends_stand_side_by_side(rtx_copy: Path):
     build(rtx_copy, "first", Asked("onnxruntime", DEFAULTS))
-    assert list(open_bundle(rtx_copy).task("first").parts[MODEL].engines) == ["onnxruntime", "tensorrt-rtx"]
+    engines = open_bundle(rtx_copy).task("first").parts[MODEL].engines
+    assert [engine.backend for engine in engines] == ["onnxruntime", "tensorrt-rtx"]
     assert len(plans(rtx_copy)) == 1
 
 
 def test_rebuild_replaces_the_old_plan_and_nothing_else(rtx_copy: Path):
     before, old = contents(rtx_copy), plans(rtx_copy)
-    engine = build(rtx_copy, "first", Asked("tensorrt-rtx", BuildOptions(("12.0",)))).engine
+    engine = build(rtx_copy, "first", Asked("tensorrt-rtx", replace(upto(63), compute_capabilities=("8.9",)))).engine
     assert plans(rtx_copy) == [engine.file.path] != old
-    assert open_bundle(rtx_copy).task("first").parts[MODEL].engines["tensorrt-rtx"].target == "12.0"
+    assert open_bundle(rtx_copy).task("first").parts[MODEL].engines == (engine,)
+    assert engine.target == "8.9"
     after = contents(rtx_copy)
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == {
         "bundle/manifest.json",
@@ -157,11 +160,14 @@ def upto(longest: int) -> BuildOptions:
 
 def test_task_exported_while_an_engine_is_built_stays_in_the_manifest(tiny_copy: Path, tiny_base: Path, write_adapter):
     request = Request(tiny_base, write_adapter(seed=1), "second")
-    build(
-        tiny_copy, "first", "onnxruntime", DEFAULTS, progress=lambda step, share=None: export_task(request, tiny_copy)
+    built = build(
+        tiny_copy,
+        "first",
+        Asked("onnxruntime", DEFAULTS),
+        progress=lambda step, share=None: export_task(request, tiny_copy),
     )
     tasks = open_bundle(tiny_copy).manifest.tasks
-    assert (list(tasks), list(tasks["first"].engines)) == (["first", "second"], ["onnxruntime"])
+    assert (list(tasks), tasks["first"].parts[MODEL].engines) == (["first", "second"], (built.engine,))
 
 
 def after_the_build(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]) -> None:
@@ -201,18 +207,17 @@ def test_a_bundle_that_is_deleted_while_its_engine_is_built_is_not_created_anew(
 ):
     after_the_build(monkeypatch, lambda: shutil.rmtree(tiny_copy))
     with pytest.raises(BundleError, match="the bundle has gone meanwhile; create it again with 'lorafuse export'"):
-        builds(tiny_copy, "first", "onnxruntime", DEFAULTS)
+        builds(tiny_copy, "first", Asked("onnxruntime", DEFAULTS))
     assert contents(tiny_copy) == {}
 
 
 def recorded_proof(bundle: Path, meanwhile: Callable[[], object]) -> Manifest:
     """What a comparison that went well would record of a bundle in which ``meanwhile`` happened during it."""
     build_unadapted(bundle, "first", Asked("onnxruntime", DEFAULTS))
-    before = open_bundle(bundle)
-    record = before.task("first")
-    shared = before.graph(record).engines["onnxruntime"]
+    part = task_part(open_bundle(bundle), "first")
+    (shared,) = part.graph.engines
     meanwhile()
-    return _proven(open_bundle(bundle), record.graph, shared, "first", before.weights_sha256(record))
+    return _proven(open_bundle(bundle), part, shared)
 
 
 def test_a_task_that_is_removed_while_it_is_compared_is_named(tiny_copy: Path):
@@ -246,9 +251,10 @@ def test_a_comparison_without_a_shared_engine_says_how_to_build_one(tiny_copy: P
 def test_build_of_one_task_leaves_the_others_engines(rtx_copy: Path, tiny_base: Path, write_adapter):
     export_task(Request(tiny_base, write_adapter(seed=1), "second"), rtx_copy)
     first = open_bundle(rtx_copy).task("first")
+    (engine,) = first.parts[MODEL].engines
     second = build(rtx_copy, "second", Asked("tensorrt-rtx", BuildOptions(("8.9",)))).engine
     assert open_bundle(rtx_copy).task("first") == first
-    assert plans(rtx_copy) == sorted([first.engines["tensorrt-rtx"].file.path, second.file.path])
+    assert plans(rtx_copy) == sorted([engine.file.path, second.file.path])
 
 
 def test_manifest_with_engines_reads_back_as_it_was_written(rtx_bundle: Path):

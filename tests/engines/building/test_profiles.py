@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 
 from engines.backends import AxisRange
 from engines.building.profiles import default_profiles, given_profile
-from exporter.bundle.records import Base, Graph, Head, Port
+from exporter.bundle.records import MODEL, Base, Graph, Head, Port
 from lora.errors import EngineError
 
 ENCODER = Graph(
+    MODEL,
     Head("SEQ_CLS", 2),
     tuple(Port(name, "int64", ("batch", "sequence")) for name in ("attention_mask", "input_ids")),
     (),
     {},
 )
 DECODER = Graph(
+    MODEL,
     Head("CAUSAL_LM", 96),
     (
         Port("input_ids", "int64", ("batch", "sequence")),

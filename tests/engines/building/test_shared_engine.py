@@ -13,10 +13,10 @@ import engines
 from engines.backends import BuildOptions, NoDeviceError, backend
 from engines.building.build import Asked, build_unadapted
 from exporter.bundle.check import check_bundle
-from exporter.bundle.edits import remove_task
+from exporter.bundle.edits import remove_task, with_graph_engine
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.pack import pack_bundle
-from exporter.bundle.records import MODEL, Engine, encode
+from exporter.bundle.records import Engine, encode
 from exporter.bundle.task_part import task_part
 from exporter.task import Request, export_task
 from lora.errors import EngineError
@@ -33,35 +33,29 @@ def shared(tiny_copy: Path) -> Bundle:
 
 
 def engine_of(bundle: Bundle) -> Engine:
-    return task_part(bundle, "first").graph.engines[RTX]
+    (engine,) = task_part(bundle, "first").graph.engines
+    return engine
 
 
 def recorded(bundle: Bundle, **changes: Any) -> Bundle:
     """As a machine with a device would have recorded its refittable engine."""
-    task = bundle.task("first")
+    part = task_part(bundle, "first")
     refittable = {
         "mode": "refit",
-        "refittable": tuple(sorted(task_part(bundle, "first").changed_names)),
-        "proven": {"first": bundle.weights_sha256(task)},
+        "refittable": tuple(sorted(part.changed_names)),
+        "proven": {"first": part.weights_sha256()},
     }
     engine = msgspec.structs.replace(engine_of(bundle), **{**refittable, **changes})
-    graph = msgspec.structs.replace(bundle.graph(task), engines={RTX: engine})
-    manifest = msgspec.structs.replace(bundle.manifest, graphs={**bundle.manifest.graphs, task.graph: graph})
-    (bundle.path / "manifest.json").write_bytes(encode(manifest))
+    (bundle.path / "manifest.json").write_bytes(encode(with_graph_engine(bundle, part.part.graph, engine)))
     return open_bundle(bundle.path)
 
 
 def test_the_unadapted_engine_is_recorded_with_its_graph(shared: Bundle):
-    engine = engine_of(shared)
-    assert (engine.mode, engine.target, engine.model_sha256) == (
-        "rebuild",
-        "8.9",
-        shared.task("first").parts[MODEL].graph,
-    )
-    assert engine.weights_sha256 == shared.weights_sha256() != shared.weights_sha256(shared.task("first"))
-    assert shared.checked(engine.file).name.startswith(
-        f"unadapted-{shared.task('first').parts[MODEL].graph[:8]}-{RTX}-"
-    )
+    engine, part = engine_of(shared), task_part(shared, "first")
+    digest = part.part.graph
+    assert (engine.backend, engine.mode, engine.target, engine.model_sha256) == (RTX, "rebuild", "8.9", digest)
+    assert engine.weights_sha256 == part.weights_sha256(adapted=False) != part.weights_sha256()
+    assert shared.checked(engine.file).name.startswith(f"unadapted-{digest[:8]}-{RTX}-")
 
 
 def test_an_engine_whose_weights_cannot_be_exchanged_is_no_tasks(shared: Bundle):

@@ -22,7 +22,7 @@ def test_every_task_has_the_graph_and_the_default_engine(tiny_bundle: Bundle):
 
 
 def test_built_engines_are_stages_too(rtx_bundle: Path):
-    assert list(runners(open_bundle(rtx_bundle), "first")) == [
+    assert list(runners(task_part(open_bundle(rtx_bundle), "first"))) == [
         "ONNX graph",
         "engine onnxruntime",
         "engine tensorrt-rtx",
@@ -30,8 +30,9 @@ def test_built_engines_are_stages_too(rtx_bundle: Path):
 
 
 def test_graph_and_engine_give_equal_outputs(real_bundle: Bundle):
-    stages = runners(task_part(real_bundle, "movies"))
-    inputs = TextEncoder(real_bundle).encode(["A moving, funny film.", "Dull."], task_part(real_bundle, "movies").graph)
+    part = task_part(real_bundle, "movies")
+    stages = runners(part)
+    inputs = TextEncoder(real_bundle).encode(["A moving, funny film.", "Dull."], part.graph)
     graph, engine = (stages[name](inputs) for name in ("ONNX graph", "engine onnxruntime"))
     assert graph.shape == (2, 2)
     np.testing.assert_allclose(graph, engine, atol=1e-5)
@@ -47,13 +48,13 @@ def test_stages_of_two_tasks_run_their_own_task(real_bundle: Bundle, tokens: dic
 
 @pytest.mark.usefixtures("no_device")
 def test_tensorrt_engine_without_a_device_raises_at_the_call_and_not_before(rtx_bundle: Path, tokens: dict[str, Array]):
-    stage = runners(open_bundle(rtx_bundle), "first")["engine tensorrt-rtx"]
+    stage = runners(task_part(open_bundle(rtx_bundle), "first"))["engine tensorrt-rtx"]
     with pytest.raises(NoDeviceError):
         stage(tokens)
 
 
 def test_session_is_opened_at_the_first_call_and_kept(tiny_copy: Path, tokens: dict[str, Array]):
-    stages = runners(open_bundle(tiny_copy), "first")
+    stages = runners(task_part(open_bundle(tiny_copy), "first"))
     first = stages["engine onnxruntime"](tokens)
     shutil.rmtree(tiny_copy)
     np.testing.assert_array_equal(stages["engine onnxruntime"](tokens), first)

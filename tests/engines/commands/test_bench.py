@@ -19,6 +19,7 @@ from engines.latency.arm_engines import OnnxRuntimeOpener
 from engines.latency.report import Load, read_report, write_report
 from engines.latency.verdict import MERGED
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.task_part import task_part
 from lora.files.tensorfile import Array
 
 # Quick: the least that the harness measures.
@@ -78,7 +79,7 @@ class Thrice:
 def test_slower_is_status_one(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., tuple[int, str]]
 ):
-    found = engines.latency.arms.arms_of(tiny_bundle, "first", OnnxRuntimeOpener(1))
+    found = engines.latency.arms.arms_of(task_part(tiny_bundle, "first"), OnnxRuntimeOpener(1))
     slowed = [
         replace(arm, open=lambda arm=arm: Thrice(arm.open())) if arm.name == MERGED else arm for arm in found.arms
     ]

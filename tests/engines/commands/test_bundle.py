@@ -16,7 +16,7 @@ from exporter.bundle.check import check_bundle
 from exporter.bundle.edits import remove_task
 from exporter.bundle.listing import base_size, listing
 from exporter.bundle.manifest import open_bundle
-from exporter.bundle.records import all_files
+from exporter.bundle.records import MODEL, all_files
 from exporter.task import Request, export_task
 from lora.errors import BundleError
 
@@ -133,7 +133,7 @@ def test_listing_counts_what_each_task_adds(two_tasks: Path):
     manifest = open_bundle(two_tasks).manifest
     first, second = listing(manifest)
     assert (first.task, first.labels, second.labels) == ("first", ("no", "yes"), ("LABEL_0", "LABEL_1"))
-    assert first.graph == second.graph
+    assert first.graph == second.graph == manifest.tasks["first"].parts[MODEL].graph
     assert base_size(manifest) + first.size + second.size == sum(file.size for file in all_files(manifest))
 
 
@@ -154,6 +154,6 @@ def test_the_commands_print_and_say_by_their_status(two_tasks: Path):
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (3, "", 1)
 
 
-@pytest.mark.parametrize("command", ["ls", "add", "remove", "pack", "check"])
+@pytest.mark.parametrize("command", ["ls", "add", "remove", "pack", "check", "upgrade"])
 def test_help_shows_an_example(command: str):
     assert f"Example: lorafuse bundle {command} bundle" in lorafuse(command, "--help").stdout

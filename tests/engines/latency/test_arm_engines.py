@@ -17,6 +17,7 @@ from engines.building.build import Asked, build_unadapted
 from engines.latency.arm_engines import opener
 from engines.latency.arms import EXTRAS, arms_of
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
+from exporter.bundle.edits import with_graph_engine
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL, encode
 from exporter.bundle.task_part import task_part
@@ -69,7 +70,7 @@ def test_a_device_is_asked_for_before_anything_is_built(both: Bundle, monkeypatc
 
 def test_the_bases_engine_has_to_be_built_too(rtx_copy: Path):
     with opener(RTX, 1) as opens, pytest.raises(EngineError) as refused:
-        arms_of(open_bundle(rtx_copy), "first", opens)
+        arms_of(task_part(open_bundle(rtx_copy), "first"), opens)
     command = f"lorafuse build {rtx_copy} --task first --backend {RTX} --unadapted"
     assert str(refused.value) == f"{rtx_copy}: the base under task 'first' has no {RTX} engine; run '{command}'"
 
@@ -77,12 +78,12 @@ def test_the_bases_engine_has_to_be_built_too(rtx_copy: Path):
 @pytest.mark.usefixtures("with_a_device")
 def test_a_refittable_base_is_no_measure(both: Bundle, tmp_path: Path):
     path = Path(shutil.copytree(both.path, tmp_path / "bundle"))
-    task = both.task("first")
-    engine = msgspec.structs.replace(both.graph(task).engines[RTX], mode="refit")
-    graph = msgspec.structs.replace(both.graph(task), engines={RTX: engine})
-    (path / "manifest.json").write_bytes(encode(msgspec.structs.replace(both.manifest, graphs={task.graph: graph})))
+    part = task_part(both, "first")
+    (engine,) = part.graph.engines
+    refittable = msgspec.structs.replace(engine, mode="refit")
+    (path / "manifest.json").write_bytes(encode(with_graph_engine(both, part.part.graph, refittable)))
     with opener(RTX, 1) as opens, pytest.raises(EngineError) as refused:
-        arms_of(open_bundle(path), "first", opens)
+        arms_of(task_part(open_bundle(path), "first"), opens)
     command = f"lorafuse build {path} --task first --backend {RTX} --unadapted"
     assert (
         str(refused.value)

@@ -72,7 +72,8 @@ def test_a_form_that_the_task_has_not_is_left_out_with_the_reason(tiny_copy: Pat
     dora = write_adapter(
         config={"use_dora": True}, tensors={f"{module}.lora_magnitude_vector": np.full(32, 0.7) for module in modules}
     )
-    arms = arms_of(add_task(tiny_copy, dora, "dora").bundle, "dora", OnnxRuntimeOpener(1), ["adapter-l"])
+    part = task_part(add_task(tiny_copy, dora, "dora").bundle, "dora")
+    arms = arms_of(part, OnnxRuntimeOpener(1), ["adapter-l"])
     assert [arm.name for arm in arms.arms] == [BASE, AGAIN, MERGED, "adapter-l"]
     assert "is changed by more than a low-rank product" in arms.left_out[UNMERGED]
 

@@ -36,7 +36,7 @@ def test_the_rebuild_is_measured_and_the_rest_named_with_its_reason(tiny_bundle:
     for way in ("refit of what the task changes", "stripped plan, refitted whole", "latency of the refittable engine"):
         assert priced[way]["note"] == "not on this machine: its engine could not be built here"
     assert (tiny_bundle.path / "manifest.json").read_bytes() == before
-    assert open_bundle(tiny_bundle.path).task("first").parts[MODEL].engines == {}
+    assert open_bundle(tiny_bundle.path).task("first").parts[MODEL].engines == ()
     assert not list(tiny_bundle.path.parent.glob(".*"))
 
 
@@ -112,8 +112,6 @@ def test_a_task_that_is_stored_as_factors_is_built_from_what_its_dense_twin_hold
     }
     assert built["dense"]["bytes"] == built["factors"]["bytes"]
     bundle = open_bundle(stored_both_ways)
-    dense, factors = (
-        bundle.checked(bundle.task(task).parts[MODEL].engines["tensorrt-rtx"].file).read_bytes()
-        for task in ("dense", "factors")
-    )
+    engines = [bundle.task(task).parts[MODEL].engines for task in ("dense", "factors")]
+    dense, factors = (bundle.checked(engine.file).read_bytes() for (engine,) in engines)
     assert sum(one != other for one, other in zip(dense, factors, strict=True)) < len(dense) / 200

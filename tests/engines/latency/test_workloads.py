@@ -19,14 +19,13 @@ from lora.files.tensorfile import Array
 
 def decoding(bundle: Bundle) -> Bundle:
     """The bundle, as if its task were a decoder with one layer's cache."""
-    task = bundle.task("first")
+    part = task_part(bundle, "first")
     cache = Port("past_key_values.0.key", "float32", ("batch", 2, "past_sequence", 4))
     mask = Port("attention_mask", "int64", ("batch", "total_sequence"))
     ids, positions = (Port(name, "int64", ("batch", "sequence")) for name in ("input_ids", "position_ids"))
-    graph = msgspec.structs.replace(bundle.graph(task), inputs=(ids, mask, positions, cache))
-    return Bundle(
-        bundle.path, msgspec.structs.replace(bundle.manifest, graphs={**bundle.manifest.graphs, task.graph: graph})
-    )
+    graph = msgspec.structs.replace(part.graph, inputs=(ids, mask, positions, cache))
+    graphs = {**bundle.manifest.graphs, part.part.graph: graph}
+    return Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, graphs=graphs))
 
 
 def test_every_batch_meets_every_length(tiny_bundle: Bundle):
@@ -58,15 +57,15 @@ def test_a_decoder_also_makes_the_next_token_and_generates(tiny_bundle: Bundle):
 )
 def test_more_tokens_than_the_base_takes_are_refused(tiny_bundle: Bundle, length: int, tokens: int, said: str):
     with pytest.raises(EngineError, match=f"\\A{tiny_bundle.path}: {said} that the base takes\\Z"):
-        loads_of(decoding(tiny_bundle), "first", [1], [length], tokens)
+        loads_of(task_part(decoding(tiny_bundle), "first"), [1], [length], tokens)
     assert loads_of(task_part(tiny_bundle, "first"), [1], [64]) == [Load(1, 64)]
-    assert loads_of(decoding(tiny_bundle), "first", [1], [60], 4)[-1] == Load(1, 60, tokens=4)
+    assert loads_of(task_part(decoding(tiny_bundle), "first"), [1], [60], 4)[-1] == Load(1, 60, tokens=4)
 
 
 def test_pixels_have_a_size_of_their_own_whatever_lengths_are_given(tiny_bundle: Bundle):
-    task = tiny_bundle.task("first")
-    seen = msgspec.structs.replace(graph_of(tiny_bundle), inputs=(Port("pixel_values", "float32", ("batch", 3, 8, 8)),))
-    bundle = Bundle(tiny_bundle.path, msgspec.structs.replace(tiny_bundle.manifest, graphs={task.graph: seen}))
+    part = task_part(tiny_bundle, "first")
+    seen = msgspec.structs.replace(part.graph, inputs=(Port("pixel_values", "float32", ("batch", 3, 8, 8)),))
+    bundle = Bundle(tiny_bundle.path, msgspec.structs.replace(tiny_bundle.manifest, graphs={part.part.graph: seen}))
     assert loads_of(task_part(bundle, "first"), [1, 4], [128, 256]) == [Load(1, 128), Load(4, 128)]
 
 

@@ -65,7 +65,8 @@ def test_in_half_precision_too(tiny_base: Path, write_adapter, tmp_path: Path, t
     export_task(Request(tiny_base, adapter, "dense", precision=precision), tmp_path / "bundle")
     bundle = add_task(tmp_path / "bundle", adapter, "factors", store="factors").bundle
     stored = TensorFile(bundle.path / bundle.task("dense").parts[MODEL].weights.path)
-    merged = in_graph_order(task_part(bundle, "factors"), merged_at_load(task_part(bundle, "factors")))
+    factors = task_part(bundle, "factors")
+    merged = in_graph_order(factors, merged_at_load(factors))
     assert {values.dtype.name for values in merged.values()} == {precision}
     assert_equal_bits(merged, {name: stored[f"{name}@1,0"] for name in merged})
     if precision == "float16":  # ONNX Runtime's CPU has no kernels for the other
@@ -196,13 +197,13 @@ def test_loading_merges_with_numpy_alone(stored_both_ways: Path):
 # --- Damage --------------------------------------------------------------------------------------------------------
 
 
-def part(bundle: Bundle, kind: str) -> Path:
-    record = bundle.task("factors")
+def file_of(bundle: Bundle, kind: str) -> Path:
+    task = bundle.task("factors")
     files = {
-        "graph": record.model,
-        "head": record.weights,
-        "configuration": record.adapter[0],
-        "factors": record.adapter[1],
+        "graph": task.parts[MODEL].model,
+        "head": task.parts[MODEL].weights,
+        "configuration": task.adapter[0],
+        "factors": task.adapter[1],
     }
     return bundle.path / (files | {"base": bundle.manifest.base.weights[0]})[kind].path
 
@@ -221,7 +222,7 @@ def flip(path: Path) -> None:
 def test_every_file_that_is_merged_is_checked_first(
     stored_both_ways: Path, kind: str, damage: Callable[[Path], object], words: str
 ):
-    damaged = part(open_bundle(stored_both_ways), kind)
+    damaged = file_of(open_bundle(stored_both_ways), kind)
     damage(damaged)
     with pytest.raises(BundleError) as error:
         engines.load(stored_both_ways, "factors")
@@ -242,7 +243,7 @@ def test_the_base_as_it_is_has_no_factors_to_merge(tiny_base: Path, tmp_path: Pa
 
 
 def test_the_merged_arm_of_the_harness_is_merged(stored_both_ways: Path, tokens: dict[str, Array]):
-    arms = arms_of(open_bundle(stored_both_ways), "factors", OnnxRuntimeOpener(1)).arms
+    arms = arms_of(task_part(open_bundle(stored_both_ways), "factors"), OnnxRuntimeOpener(1)).arms
     with next(arm for arm in arms if arm.name == MERGED).open() as session:
         assert_equal_bits(session.run(tokens), run(stored_both_ways, "dense", tokens))
 

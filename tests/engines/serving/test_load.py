@@ -12,8 +12,10 @@ import pytest
 import engines
 from engines.backends import NoDeviceError
 from engines.feeds.text import TextEncoder, predictions
+from exporter.bundle.edits import with_task_engine
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL, encode
+from exporter.bundle.task_part import task_part
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import Array
 
@@ -26,11 +28,9 @@ def flip_a_byte(path: Path) -> None:
 
 def file_of(bundle: Path, kind: str) -> Path:
     manifest = open_bundle(bundle).manifest
-    task = manifest.tasks["first"]
-    return (
-        bundle
-        / {"base weights": manifest.base.weights[0], "task weights": task.weights, "graph": task.model}[kind].path
-    )
+    part = manifest.tasks["first"].parts[MODEL]
+    files = {"base weights": manifest.base.weights[0], "task weights": part.weights, "graph": part.model}
+    return bundle / files[kind].path
 
 
 @pytest.mark.parametrize("as_text", [str, Path])
@@ -44,12 +44,12 @@ def test_outputs_are_those_of_stock_onnxruntime_on_the_file(
 
 
 def test_real_task_tells_good_films_from_bad(real_bundle: Bundle):
-    record = real_bundle.task("movies")
+    part = task_part(real_bundle, "movies")
     inputs = TextEncoder(real_bundle).encode(
-        ["A moving, funny and beautiful film.", "A dull, stupid and boring mess."], real_bundle.graph(record)
+        ["A moving, funny and beautiful film.", "A dull, stupid and boring mess."], part.graph
     )
     with engines.load(real_bundle.path, "movies", threads=1) as session:
-        found = predictions(session.run(inputs)["logits"], record.labels)
+        found = predictions(session.run(inputs)["logits"], part.task.labels)
     assert [prediction.label for prediction in found] == ["positive", "negative"]
     assert min(prediction.score for prediction in found) > 0.9
 
@@ -58,10 +58,10 @@ def test_tasks_loaded_together_keep_their_own_weights(real_bundle: Bundle):
     text = ["a small tree with yellow flowers"]
     with engines.load(real_bundle.path, "movies") as movies, engines.load(real_bundle.path, "supersense") as supersense:
         for session, name, outputs in ((movies, "movies", 2), (supersense, "supersense", 12), (movies, "movies", 2)):
-            record = real_bundle.task(name)
-            logits = session.run(TextEncoder(real_bundle).encode(text, real_bundle.graph(record)))["logits"]
+            part = task_part(real_bundle, name)
+            logits = session.run(TextEncoder(real_bundle).encode(text, part.graph))["logits"]
             assert logits.shape == (1, outputs)
-            assert predictions(logits, record.labels)[0].label in {"plant", "positive"}
+            assert predictions(logits, part.task.labels)[0].label in {"plant", "positive"}
 
 
 @pytest.mark.parametrize("kind", ["base weights", "task weights", "graph"])
@@ -132,17 +132,26 @@ def test_engine_of_another_export_or_version_is_refused_by_name(
     rtx_copy: Path, change: dict[str, str | None], said: str
 ):
     """What a build that ran beside an export leaves behind, and what an update of the library does."""
-    manifest = open_bundle(rtx_copy).manifest
-    record = manifest.tasks["first"]
-    stale = msgspec.structs.replace(record.engines["tensorrt-rtx"], **change)
-    manifest.tasks["first"] = msgspec.structs.replace(record, engines={"tensorrt-rtx": stale})
-    (rtx_copy / "manifest.json").write_bytes(encode(manifest))
+    bundle = open_bundle(rtx_copy)
+    (engine,) = bundle.task("first").parts[MODEL].engines
+    stale = msgspec.structs.replace(engine, **change)
+    (rtx_copy / "manifest.json").write_bytes(encode(with_task_engine(bundle, "first", MODEL, stale)))
     command = f"lorafuse build {rtx_copy} --task first --backend tensorrt-rtx"
     with pytest.raises(
         EngineError,
         match=f"\\A{rtx_copy}: the tensorrt-rtx engine of 'first' can't be used: {said}; run '{command}'\\Z",
     ):
         engines.load(rtx_copy, "first", "tensorrt-rtx")
+
+
+def test_an_unknown_part_lists_those_there_are(tiny_bundle: Bundle, tokens: dict[str, Array]):
+    said = r"\Atask 'first' has no part 'vision'; give one of its parts: model\Z"
+    with engines.load(tiny_bundle.path, "first", threads=1) as session:
+        with pytest.raises(EngineError, match=said):
+            session.run(tokens, part="vision")
+        with pytest.raises(EngineError, match=said):
+            session.part("vision")
+        assert session.part().run(tokens).keys() == session.run(tokens, part="model").keys() == {"logits"}
 
 
 def test_package_has_no_other_attributes():

@@ -13,7 +13,6 @@ from float32_sums import engines_bound
 from safetensors.numpy import load_file
 
 from exporter.bundle.manifest import Bundle
-from exporter.bundle.records import MODEL
 from exporter.bundle.task_part import task_part
 from exporter.proof.reference import base_values, exact_values, merged_values, torch_runner
 from exporter.task import Request, export_task
@@ -45,7 +44,8 @@ def test_base_values_are_the_checkpoints_and_the_head_is_the_tasks(
 
 
 def test_merged_values_differ_from_the_bases_where_the_adapter_acts_and_nowhere_else(tiny_bundle: Bundle):
-    base, merged = base_values(task_part(tiny_bundle, "first")), merged_values(task_part(tiny_bundle, "first"))
+    part = task_part(tiny_bundle, "first")
+    base, merged = base_values(part), merged_values(part)
     assert {name for name in base if not np.array_equal(base[name], merged[name])} == ADAPTED
 
 
@@ -60,7 +60,8 @@ def test_exact_values_are_the_formula_in_float64(tiny_bundle: Bundle, tiny_base:
 
 
 def test_exact_and_stored_values_differ_by_rounding_only(tiny_bundle: Bundle):
-    exact, merged = exact_values(task_part(tiny_bundle, "first")), merged_values(task_part(tiny_bundle, "first"))
+    part = task_part(tiny_bundle, "first")
+    exact, merged = exact_values(part), merged_values(part)
     assert 0 < max(float(np.abs(exact[name] - merged[name]).max()) for name in ADAPTED) < 1e-6
 
 
@@ -68,43 +69,36 @@ def test_exact_and_stored_values_differ_by_rounding_only(tiny_bundle: Bundle):
 def test_the_runner_computes_in_float32_or_for_an_oracle_in_float64(
     tiny_bundle: Bundle, token_ids, exact: bool, dtype: type
 ):
-    outputs = torch_runner(task_part(tiny_bundle, "first"), merged_values(task_part(tiny_bundle, "first")), exact)(
-        token_ids()
-    )
+    part = task_part(tiny_bundle, "first")
+    outputs = torch_runner(part, merged_values(part), exact)(token_ids())
     assert (outputs.dtype, outputs.shape) == (dtype, (3, 2))
 
 
 def test_the_runner_is_the_transformers_model(tiny_bundle: Bundle, tiny_base: Path, token_ids, shape: tuple[int, int]):
+    part = task_part(tiny_bundle, "first")
     model = transformers.BertForSequenceClassification.from_pretrained(tiny_base, num_labels=2).eval()
-    model.load_state_dict(
-        {
-            name: torch.from_numpy(np.array(values))
-            for name, values in merged_values(task_part(tiny_bundle, "first")).items()
-        }
-    )
+    model.load_state_dict({name: torch.from_numpy(np.array(values)) for name, values in merged_values(part).items()})
     inputs = token_ids(shape)
     with torch.no_grad():
         want = model(**{name: torch.from_numpy(values) for name, values in inputs.items()}).logits.numpy()
-    got = torch_runner(task_part(tiny_bundle, "first"), merged_values(task_part(tiny_bundle, "first")))(inputs)
-    bound = engines_bound(
-        tiny_bundle.path / tiny_bundle.task("first").parts[MODEL].model.path, shape[1]
-    )  # torch's fused attention has kernels of its own
+    got = torch_runner(part, merged_values(part))(inputs)
+    # torch's fused attention has kernels of its own
+    bound = engines_bound(tiny_bundle.path / part.part.model.path, shape[1])
     np.testing.assert_allclose(got, want, rtol=0, atol=bound * np.abs(want).max())
 
 
 def test_the_runner_refuses_values_that_leave_a_weight_random(tiny_bundle: Bundle):
-    values = merged_values(task_part(tiny_bundle, "first"))
+    part = task_part(tiny_bundle, "first")
+    values = merged_values(part)
     del values["bert.pooler.dense.weight"]
     with pytest.raises(AssertionError, match=r"no values for weights of the graph: \['bert\.pooler\.dense\.weight'\]"):
-        torch_runner(task_part(tiny_bundle, "first"), values)
+        torch_runner(part, values)
 
 
 def test_the_runner_needs_nothing_but_the_bundle(tiny_bundle: Bundle, tmp_path: Path, token_ids):
     copy = Bundle(Path(shutil.copytree(tiny_bundle.path, tmp_path / "elsewhere")), tiny_bundle.manifest)
-    here, there = (
-        torch_runner(task_part(bundle, "first"), merged_values(task_part(bundle, "first")))(token_ids())
-        for bundle in (tiny_bundle, copy)
-    )
+    parts = [task_part(bundle, "first") for bundle in (tiny_bundle, copy)]
+    here, there = (torch_runner(part, merged_values(part))(token_ids()) for part in parts)
     np.testing.assert_allclose(here, there, rtol=1e-5)
 
 
@@ -112,6 +106,7 @@ def test_a_saved_bias_of_the_encoder_counts_as_the_tasks_change(tiny_copy: Path,
     bias = "bert.encoder.layer.0.attention.self.query.bias"
     adapter = write_adapter(config={"bias": "lora_only"}, tensors={f"base_model.model.{bias}": np.full(32, 0.5)})
     bundle = export_task(Request(tiny_base, adapter, "second"), tiny_copy).bundle
-    np.testing.assert_array_equal(merged_values(task_part(bundle, "second"))[bias], np.full(32, 0.5, np.float32))
-    np.testing.assert_array_equal(exact_values(task_part(bundle, "second"))[bias], np.full(32, 0.5))
-    np.testing.assert_array_equal(base_values(task_part(bundle, "second"))[bias], np.zeros(32, np.float32))
+    part = task_part(bundle, "second")
+    np.testing.assert_array_equal(merged_values(part)[bias], np.full(32, 0.5, np.float32))
+    np.testing.assert_array_equal(exact_values(part)[bias], np.full(32, 0.5))
+    np.testing.assert_array_equal(base_values(part)[bias], np.zeros(32, np.float32))

@@ -92,9 +92,8 @@ def stored(bundle: Path, name: str, change: Callable[[Array], Array]) -> Bundle:
     """``bundle`` with the task's tensor ``name``, in the graph's order, replaced by ``change`` of it, and its hash
     corrected.
     """
-    opened = open_bundle(bundle)
-    task = opened.task("first")
-    file, name = TensorFile(bundle / task.weights.path), key(name, opened.graph(task).weights[name])
+    part = task_part(open_bundle(bundle), "first")
+    file, name = TensorFile(bundle / part.part.weights.path), key(name, part.graph.weights[name].order)
     values, span = change(np.array(file[name])), file.spans[name]
     with file.path.open("r+b") as target:
         target.seek(span.offset)
@@ -105,9 +104,11 @@ def stored(bundle: Path, name: str, change: Callable[[Array], Array]) -> Bundle:
 def with_corrected_hashes(bundle: Path) -> Bundle:
     manifest = open_bundle(bundle).manifest
     task = manifest.tasks["first"]
-    task = msgspec.structs.replace(
-        task, model=describe(bundle, task.model.path), weights=describe(bundle, task.weights.path)
+    part = task.parts[MODEL]
+    part = msgspec.structs.replace(
+        part, model=describe(bundle, part.model.path), weights=describe(bundle, part.weights.path)
     )
+    task = msgspec.structs.replace(task, parts={MODEL: part})
     (bundle / "manifest.json").write_bytes(encode(msgspec.structs.replace(manifest, tasks={"first": task})))
     return open_bundle(bundle)
 
@@ -136,7 +137,7 @@ PERTURBED = {
 def test_a_stored_tensor_that_is_not_the_formulas_fails_and_is_named(
     tiny_copy: Path, batches: list[dict[str, Array]], name: str, change, where: str
 ):
-    result = verify(stored(tiny_copy, name, change), "first", batches, {})
+    result = verify(task_part(stored(tiny_copy, name, change), "first"), batches, {})
     assert not result.passed
     assert stage(result, "stored weights").passed is False
     assert stage(result, "stored weights").where == where
@@ -151,7 +152,7 @@ def test_the_last_bit_of_a_merged_weight_is_within_its_rounding(tiny_copy: Path,
 def test_a_merged_weight_that_is_another_matrix_fails_in_weights_and_outputs(
     tiny_copy: Path, batches: list[dict[str, Array]], values: str
 ):
-    base = to_graph(base_values(open_bundle(tiny_copy), "first")[QUERY], (1, 0))
+    base = to_graph(base_values(task_part(open_bundle(tiny_copy), "first"))[QUERY], (1, 0))
     bundle = stored(tiny_copy, QUERY, lambda merged: base if values == "base's" else merged.T.copy())
     result = verify(task_part(bundle, "first"), batches, {"ONNX graph": onnx_runner(bundle)})
     assert {stage.name: stage.passed for stage in result.stages} == {
@@ -162,10 +163,10 @@ def test_a_merged_weight_that_is_another_matrix_fails_in_weights_and_outputs(
 
 
 def test_a_task_on_its_bases_values_fails(tiny_copy: Path, batches: list[dict[str, Array]]):
-    bundle = open_bundle(tiny_copy)
-    base, weights = base_values(task_part(bundle, "first")), task_part(bundle, "first").graph.weights
+    part = task_part(open_bundle(tiny_copy), "first")
+    base, weights = base_values(part), part.graph.weights
     for name in [name for name in base if name.endswith(("query.weight", "value.weight"))]:
-        bundle = stored(tiny_copy, name, lambda _, name=name: to_graph(base[name], weights[name]))
+        bundle = stored(tiny_copy, name, lambda _, name=name: to_graph(base[name], weights[name].order))
     result = verify(task_part(bundle, "first"), batches, {})
     assert (result.passed, stage(result, "stored weights").passed, stage(result, "merged torch").passed) == (
         False,

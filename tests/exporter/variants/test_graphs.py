@@ -18,8 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file
 
 from exporter.bundle.manifest import Bundle, open_bundle
-from exporter.bundle.records import MODEL
-from exporter.bundle.task_part import task_part
+from exporter.bundle.task_part import TaskPart, task_part
 from exporter.graph.digest import graph_digest
 from exporter.variants.graphs import _add_branch, merged_graph, unadapted_graph, unmerged_graph
 from lora.adapter import LowRank
@@ -51,40 +50,36 @@ def assert_close(got: Array, want: Array, share: float) -> None:
 
 @TASKS
 def test_merging_leaves_the_graph_as_it_was(real_bundle: Bundle, task: Task):
-    merged, unadapted = (
-        merged_graph(task_part(real_bundle, task.name)),
-        unadapted_graph(task_part(real_bundle, task.name)),
-    )
-    assert graph_digest(merged) == graph_digest(unadapted) == real_bundle.task(task.name).parts[MODEL].graph
+    part = task_part(real_bundle, task.name)
+    merged, unadapted = merged_graph(part), unadapted_graph(part)
+    assert graph_digest(merged) == graph_digest(unadapted) == part.part.graph
     assert merged.SerializeToString() != unadapted.SerializeToString()  # the weights lie elsewhere
 
 
 def test_nothing_of_the_adapter_is_left_in_the_merged_graph(real_bundle: Bundle):
-    graph = merged_graph(task_part(real_bundle, "movies")).graph
+    part = task_part(real_bundle, "movies")
+    graph = merged_graph(part).graph
     names = [name for node in graph.node for name in (node.name, *node.input, *node.output)] + [
         tensor.name for tensor in graph.initializer
     ]
     assert [name for name in names if "lora" in name.lower() or "adapter" in name.lower()] == []
-    weights = task_part(real_bundle, "movies").graph.weights
-    assert {tensor.name for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL} == set(weights)
+    stored = {tensor.name for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL}
+    assert stored == set(part.graph.weights)
 
 
 @TASKS
 def test_the_unmerged_graph_has_two_products_and_a_sum_more_for_every_adapted_weight(real_bundle: Bundle, task: Task):
+    part = task_part(real_bundle, task.name)
     merged, unmerged = (
-        Counter(node.op_type for node in arm(real_bundle, task.name).graph.node)
-        for arm in (merged_graph, unmerged_graph)
+        Counter(node.op_type for node in arm(part).graph.node) for arm in (merged_graph, unmerged_graph)
     )
     assert unmerged - merged == {"MatMul": 2 * 12, "Add": 12}
-    assert (
-        graph_digest(unmerged_graph(task_part(real_bundle, task.name)))
-        != real_bundle.task(task.name).parts[MODEL].graph
-    )
+    assert graph_digest(unmerged_graph(part)) != part.part.graph
 
 
 @pytest.mark.parametrize("arm", [unadapted_graph, unmerged_graph])
-def test_an_arm_is_a_valid_onnx_model(tiny_copy: Path, arm: Callable[[Bundle, str], onnx.ModelProto]):
-    onnx.save(arm(open_bundle(tiny_copy), "first"), tiny_copy / "arm.onnx")
+def test_an_arm_is_a_valid_onnx_model(tiny_copy: Path, arm: Callable[[TaskPart], onnx.ModelProto]):
+    onnx.save(arm(task_part(open_bundle(tiny_copy), "first")), tiny_copy / "arm.onnx")
     onnx.checker.check_model(str(tiny_copy / "arm.onnx"), full_check=True)
 
 
@@ -92,10 +87,8 @@ def test_an_arm_is_a_valid_onnx_model(tiny_copy: Path, arm: Callable[[Bundle, st
 def test_merged_and_unmerged_graph_compute_the_same_and_the_unadapted_another(
     real_bundle: Bundle, token_ids, run_graph, task: Task, shape: tuple[int, int]
 ):
-    arms = (merged_graph, unmerged_graph, unadapted_graph)
-    merged, unmerged, unadapted = (
-        run_graph(arm(real_bundle, task.name), real_bundle.path, token_ids(shape)) for arm in arms
-    )
+    part, arms = task_part(real_bundle, task.name), (merged_graph, unmerged_graph, unadapted_graph)
+    merged, unmerged, unadapted = (run_graph(arm(part), real_bundle.path, token_ids(shape)) for arm in arms)
     noise = bound(real_bundle, task.name, shape[1])
     assert_close(unmerged, merged, noise)
     assert np.abs(unadapted - merged).max() > 100 * noise * np.abs(merged).max()

@@ -68,14 +68,12 @@ def test_builds_for_every_target_and_holds_the_merged_weights_alone(case: Case):
     assert {target: plan.target for target, plan in plans.items()} == {target: target for target in TARGETS}
     plan, base = plans["portable"].content, case.built(case.base).content
     assert len(plan) == len(base)
-    merged, unadapted = task_part(case.bundle, "adapted").own, task_part(case.bundle, "adapted").base
+    part = task_part(case.bundle, "adapted")
+    merged, unadapted = part.own, part.base
     changed = [name for name in merged if name in unadapted and merged[name].ndim == 2]
     assert changed
     for name in changed:
-        ours, bases = (
-            in_graph_order(task_part(case.bundle, "adapted"), {name: values[name]})[name]
-            for values in (merged, unadapted)
-        )
+        ours, bases = (in_graph_order(part, {name: values[name]})[name] for values in (merged, unadapted))
         assert (found(ours, plan), found(bases, plan)) == (1, 0), name
         assert (found(ours, base), found(bases, base)) == (0, 1), name
     differing = (np.frombuffer(plan, np.uint8) != np.frombuffer(base, np.uint8)).sum()

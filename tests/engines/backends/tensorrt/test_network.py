@@ -87,10 +87,8 @@ def test_second_build_gives_the_same_bytes(movies: Model, build: Callable[..., P
 def test_plan_holds_the_merged_weights_and_none_of_the_bases(
     real_bundle: Bundle, movies_plan: Plan, base_plan: Plan, name: str
 ):
-    merged, base = (
-        merged_values(task_part(real_bundle, "movies"))[name],
-        base_values(task_part(real_bundle, "movies"))[name],
-    )
+    part = task_part(real_bundle, "movies")
+    merged, base = merged_values(part)[name], base_values(part)[name]
     assert found(merged, movies_plan) == 1
     assert found(base, movies_plan) == 0
     assert (found(merged, base_plan), found(base, base_plan)) == (
