@@ -7,6 +7,7 @@ and biases stand under ``base_model.model.<parameter>``. ``base_layer`` in a pat
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lora.adapter import Adapter, Change, Increment, Layout, LowRank, Replacement, Rows
@@ -21,6 +22,9 @@ LINEAR_A, LINEAR_B, LINEAR_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.b
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 MAGNITUDE, TOKENS = ".lora_magnitude_vector", ".token_adapter.trainable_tokens_delta"
 WRAPPER = ".base_layer"
+SLOTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save"
+# The name of an adapter within a key, which PEFT leaves out when it saves.
+ADAPTER_NAME = re.compile(rf"\.(?P<slot>{SLOTS})\.(?P<name>(?!weight$|bias$)[^.]+)(?=\.|$)")
 # PEFT saves these whole when the vocabulary was resized, whether or not modules_to_save names them.
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -35,7 +39,8 @@ def read_peft(folder: Path) -> Adapter:
         refuse_unknown_method(folder / CONFIG, config.peft_type)
     pickled = (folder / PICKLE).exists() and not (folder / WEIGHTS).exists()
     files = (folder / CONFIG, folder / (PICKLE if pickled else WEIGHTS))
-    factors, metadata = open_factors(files[1])
+    opened, metadata = open_factors(files[1])
+    factors = _without_adapter_names(opened)
     return Adapter(
         path=folder,
         format="PEFT",
@@ -46,6 +51,34 @@ def read_peft(folder: Path) -> Adapter:
         base_sha256=metadata.get("base_sha256"),
         model_class=config.model_class,
     )
+
+
+def _without_adapter_names(factors: Factors) -> Factors:
+    """Keys as PEFT saves them; where a state dict was saved as it is, its keys hold the adapter's name ("default").
+
+    Raises AdapterError when the file holds several adapters.
+    """
+    matches = {key: ADAPTER_NAME.search(key) for key in factors.names()}
+    names = {match["name"] for match in matches.values() if match is not None}
+    if not names:
+        return factors
+    if len(names) > 1:
+        raise AdapterError(
+            f"{factors.path}: holds the adapters {', '.join(sorted(names))} at once; save the one that is meant with"
+            " save_pretrained"
+        )
+    plain = {_plain(key, match): key for key, match in matches.items() if ".original_module." not in key}
+    return factors.renamed(plain)
+
+
+def _plain(key: str, match: re.Match[str] | None) -> str:
+    """The key without the adapter's name: of a module that is saved whole, without the copy's own name too."""
+    if match is None:
+        return key
+    if match["slot"] == "modules_to_save":
+        return key[: match.start()] + key[match.end() :]
+    rest = "" if match["slot"] == "lora_magnitude_vector" else key[match.end() :]
+    return f"{key[: match.start()]}.{match['slot']}{rest}"
 
 
 def _changes(factors: Factors, config: PeftConfig | MethodConfig) -> tuple[Change, ...]:

@@ -73,8 +73,19 @@ def _placed(fitting: _Fitting) -> Iterator[tuple[Placed, ...]]:
         fitted = _fitted(fitting, name, change, parameter)
         if isinstance(fitted, Replacement):
             resized[name] = fitted.value.shape
+        elif name not in resized:
+            _check_has_values(fitting, name, parameter)
         stored = on_stored(fitting.adapter.path, name, fitted, parameter, _rows(fitting, parameter))
         yield (*(Placed(target, part) for target, part in stored), *_scaled_bias(fitting, name, fitted))
+
+
+def _check_has_values(fitting: _Fitting, name: str, parameter: Parameter) -> None:
+    """An update needs something to be added to: the base's tensor, a tied one's, or one that the adapter brings."""
+    if not parameter.stored and not parameter.converted and name not in fitting.structure.shared():
+        raise AdapterError(
+            f"{fitting.adapter.path}: '{name}' of the {fitting.structure.model} has no values in the base, and the"
+            " adapter brings none; give the base that it was trained on"
+        )
 
 
 def _parameter(fitting: _Fitting, change: Change) -> tuple[str, Parameter]:

@@ -44,14 +44,7 @@ def renaming(adapter: Adapter, structure: BaseStructure, fits: Callable[[Renamin
     as_it_is = Renaming()
     if _reached(named, structure, as_it_is) is not None:
         return as_it_is
-    found: dict[tuple[str, ...], Renaming] = {}
-    for candidate in _candidates(named, structure):
-        reached = _reached(named, structure, candidate)
-        if reached is not None:
-            found.setdefault(reached, candidate)
-    if len(found) > 1:
-        fitting = {reached: candidate for reached, candidate in found.items() if fits(candidate)}
-        found = fitting or found
+    found = _fitting(named, structure, fits)
     if len(found) > 1:
         parts = sorted(reached[0] for reached in found)
         raise AdapterError(
@@ -60,6 +53,28 @@ def renaming(adapter: Adapter, structure: BaseStructure, fits: Callable[[Renamin
             " class (auto_mapping in adapter_config.json)"
         )
     return next(iter(found.values()), as_it_is)
+
+
+def _fitting(
+    named: Sequence[Change], structure: BaseStructure, fits: Callable[[Renaming], bool]
+) -> dict[tuple[str, ...], Renaming]:
+    """{the tensors that are reached: how}. Names that lack their beginning come first, then those that have one too
+    many, then those that have another: what keeps more of a name says more.
+    """
+    candidates = list(_candidates(named, structure))
+    for kind in (
+        [one for one in candidates if not one.strip],
+        [one for one in candidates if one.strip and not one.add],
+        [one for one in candidates if one.strip and one.add],
+    ):
+        found: dict[tuple[str, ...], Renaming] = {}
+        for candidate in kind:
+            reached = _reached(named, structure, candidate)
+            if reached is not None:
+                found.setdefault(reached, candidate)
+        if found:
+            return {reached: one for reached, one in found.items() if fits(one)} or found
+    return {}
 
 
 def parameter_names(change: Change, rename: Renaming) -> list[str]:

@@ -55,6 +55,8 @@ def structure_by_transformers(folder: Path, tensors: Mapping[str, Array], wanted
     model = _skeleton(folder, wanted)
     shapes = {name: shape_of(tensors, name) for name in tensors}
     stored, converted = _homes(model, shapes)
+    if wanted.name is not None and not stored:  # the class of a part, which this base has under other names
+        return structure_by_transformers(folder, tensors, ModelClass())
     parameters = {
         name: Parameter(
             _kind(module, name, parameter), tuple(parameter.shape), stored.get(name, ()), converted.get(name, "")

@@ -73,7 +73,9 @@ def _of_model(name: str, model: Model) -> Iterator[Case]:
     classifier = f"{'Gemma3Text' if name == 'Gemma3 text' else model.stem}ForSequenceClassification"
     if model.kind in ("decoder", "encoder") and hasattr(transformers, classifier):
         yield case("classifier", classifier, labels=True, task_type="SEQ_CLS")
-        yield case("classifier, every layer", classifier, labels=True, task_type="SEQ_CLS", target_modules="all-linear")
+        if name != "DistilBert":  # PEFT can't train its pre_classifier both whole and by LoRA
+            given: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
+            yield case("classifier, every layer", classifier, labels=True, **given)
     if model.stem in IMAGE_HEADS:
         yield case("head", labels=False, modules_to_save=[IMAGE_HEADS[model.stem]])
     if model.kind == "clip":

@@ -159,7 +159,7 @@ MODELS: dict[str, Model] = {
         LM,
     ),
     "GPTNeoX": Model(
-        "GPTNeoX", _made("GPTNeoXConfig", **TEXT), ("query_key_value", "dense"), "decoder", "embed_in", "embed_out"
+        "GPTNeoX", _made("GPTNeoXConfig", **TEXT), ("query_key_value", "dense"), "decoder", "embed_in", LM
     ),
     "GPTJ": Model("GPTJ", _made("GPTJConfig", **{**GPT2, "rotary_dim": 4}), QV, "decoder", "wte", LM),
     "OPT": Model(
@@ -257,7 +257,7 @@ MODELS: dict[str, Model] = {
     "ViTMSN": _image("ViTMSN", QV),
     "Swin": _image(
         "Swin",
-        ("query", "value"),
+        QV,
         embed_dim=16,
         depths=[1, 1],
         num_heads=[2, 2],

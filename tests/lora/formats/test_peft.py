@@ -36,7 +36,7 @@ REFUSED_FIELDS = {
     "layer_replication": [[0, 2], [1, 3]],
     "ensure_weight_tying": True,
     "a_field_of_next_year": True,
-    "peft_type": "IA3",
+    "peft_type": "XLORA",
     "init_lora_weights": "pissa",
     "bias": "some",
     "rank_pattern": {"(": 3},
