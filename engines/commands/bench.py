@@ -16,8 +16,7 @@ from lora.errors import LorafuseError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from engines.latency.equivalence import Ratio
-    from engines.latency.report import Report
+    from engines.latency.report import Point, Report
 
 STATUS = {"equivalent": DONE, "slower": NO, "undecided": UNDECIDED}
 VERDICT = "verdict"
@@ -53,6 +52,14 @@ def per_cent(text: str) -> float:
     return value
 
 
+class ClockOption(StrEnum):
+    """What a verdict is reached by."""
+
+    wall = "wall"
+    cpu = "cpu"
+    auto = "auto"
+
+
 Margin = Annotated[Any, typer.Option(parser=per_cent, metavar="SHARE", help="What counts as equal, such as 1%.")]
 Batches = Annotated[list[int], typer.Option(min=1, help="Batch size; repeatable, for a grid.")]
 Lengths = Annotated[list[int], typer.Option(min=1, help="Sequence length, in tokens; repeatable.")]
@@ -84,6 +91,10 @@ def verdict(
     ] = 120.0,
     backend: Backend = BackendChoice.onnxruntime,
     threads: Threads = 1,
+    clock: Annotated[
+        ClockOption,
+        typer.Option(help="What decides. cpu: the thread's CPU time (one thread, CPU); auto: what can decide here."),
+    ] = ClockOption.wall,
     extra: Annotated[
         list[ExtraArm] | None,
         typer.Option("--with", help="A further arm; repeatable. adapter-h and adapter-l are the paper's."),
@@ -100,12 +111,15 @@ def verdict(
 ) -> None:
     """Time base, base again, merged and unmerged, interleaved, and say whether merging cost latency.
 
+    Where the engine runs on the calling thread its CPU time is taken beside the wall clock.
+
     Exit status 0: equivalent within the margin; 1: slower; 2: undecided, or this machine is too noisy.
 
     Example: lorafuse bench bundle --task movies --seconds 120 --out report.json
     """
     from engines.latency.arm_engines import opener
     from engines.latency.arms import arms_of
+    from engines.latency.clocks import check_clock
     from engines.latency.harness import Protocol
     from engines.latency.report import check_writable
     from engines.latency.run import run
@@ -116,10 +130,10 @@ def verdict(
     opened = open_bundle(bundle)
     loads = loads_of(opened, task, batch, length, tokens)
     with progress(f"bench {task}") as step, opener(backend.value, threads, step) as engines:
+        check_clock(clock.value, engines.on_thread)
         arms = arms_of(opened, task, engines, [choice.value for choice in extra or []], _brought(arm or []))
-        for report in run(
-            opened, task, arms, loads, Protocol(seconds, margin if gate is None else gate, seed), threads, step
-        ):
+        protocol = Protocol(seconds, margin if gate is None else gate, seed, clock=clock.value)
+        for report in run(opened, task, arms, loads, protocol, threads, step):
             _write(report, out, html, markdown)
     if as_json:
         print_json(_without_samples(report))
@@ -161,50 +175,60 @@ def _write(report: Report, out: Path | None, html: Path | None, markdown: Path |
 
 
 def _print(report: Report) -> None:
-    columns = (
-        "arm",
-        "median ms",
-        "p90 ms",
-        "rows/s",
-        "opening ms",
-        "first ms",
-        "ratio to base",
-        f"at {report.margin:.3g}",
-    )
+    from engines.latency import words
+
     for point in report.points:
-        rows = [
-            (
-                r.arm,
-                f"{r.p50:.3f}",
-                f"{r.p90:.3f}",
-                f"{r.rate:.1f}",
-                f"{r.opening:.0f}",
-                f"{r.first:.2f}",
-                _interval(r.ratio),
-                r.decision,
-            )
-            for r in point.readings
-        ]
-        print_table(
-            f"{report.subject}: {point.load}, {len(point.samples.runs)} sets × {len(point.samples.runs[0])} rounds",
-            columns,
-            rows,
-        )
+        _print_readings(report, point)
         if point.device:
             stages = [(d.arm, f"{d.copies_there:.3f}", f"{d.engine:.3f}", f"{d.copies_back:.3f}") for d in point.device]
             print_table(
                 "on the device, by its own clock", ("arm", "copies there ms", "engine ms", "copies back ms"), stages
             )
+        if words.beside(point):
+            print(words.beside(point))
+        if point.help:
+            print(f"What would help: {point.help}")
         print(f"{point.verdict.upper()}: {point.reason}")
     for name, reason in report.left_out.items():
         print(f"no arm '{name}': {reason}")
+    print(words.proof(report.digests))
+
+
+def _print_readings(report: Report, point: Point) -> None:
+    from engines.latency.words import interval
+
+    columns = ["arm", "median ms", "p90 ms", "rows/s", "opening ms", "first ms", "ratio to base"]
+    columns += [f"at {report.margin:.3g}"]
+    rows = [
+        [
+            r.arm,
+            f"{r.p50:.3f}",
+            f"{r.p90:.3f}",
+            f"{r.rate:.1f}",
+            f"{r.opening:.0f}",
+            f"{r.first:.2f}",
+            interval(r.ratio),
+            r.decision,
+        ]
+        for r in point.readings
+    ]
+    if point.by_cpu:
+        columns += ["CPU ms", "CPU ratio to base", f"at {report.margin:.3g}"]
+        rows = [
+            [*row, f"{r.p50:.3f}", interval(r.ratio), r.decision] for row, r in zip(rows, point.by_cpu, strict=True)
+        ]
+    print_table(f"{report.subject}: {point.load}, {point.samples.shape}", tuple(columns), [tuple(row) for row in rows])
 
 
 def _line(report: Report) -> str:
     """The verdict, with the reason of the load that decided it."""
+    from engines.latency.words import interval
+
     point = next(point for point in report.points if point.verdict == report.verdict)
-    ratio = point.reading("merged").ratio
-    return f"{report.verdict.upper()}: {report.subject}, {point.load}: {_interval(ratio)}; {point.reason}"
+    merged = point.reading("merged", point.clock)
+    figure = "" if merged.decision == "not said" else f"{interval(merged.ratio)}; "
+    help_ = f"; {point.help}" if point.help else ""
+    return f"{report.verdict.upper()}: {report.subject}, {point.load}: {figure}{point.reason}{help_}"
 
 
 def _without_samples(report: Report) -> dict[str, Any]:
@@ -287,6 +311,7 @@ def compare_reports(
 
     from engines.latency.compare import compare
     from engines.latency.report import read_report
+    from engines.latency.words import interval
 
     compared = compare(read_report(first), read_report(second), margin)
     if as_json:
@@ -298,8 +323,8 @@ def compare_reports(
                 str(one.load),
                 f"{one.before:.3f}",
                 f"{one.after:.3f}",
-                _interval(one.time),
-                _interval(one.cost) if one.cost else "-",
+                interval(one.time),
+                interval(one.cost) if one.cost else "-",
                 one.decision,
             )
             for one in compared
@@ -311,7 +336,3 @@ def compare_reports(
         )
     decisions = {one.decision for one in compared}
     raise typer.Exit(NO if "slower" in decisions else UNDECIDED if "inconclusive" in decisions else DONE)
-
-
-def _interval(ratio: Ratio) -> str:
-    return f"{ratio.median:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"

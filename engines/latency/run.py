@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from engines.latency.arms import Arms
+from engines.latency.clocks import check_clock
 from engines.latency.device import device_times
 from engines.latency.environment import machine, state
 from engines.latency.harness import Protocol, measure
@@ -26,7 +27,11 @@ def run(
 ) -> Iterator[Report]:
     """Measure the arms at each of ``loads``, each with the whole budget; after each, the report so far: what follows
     may fail, or take too long.
+
+    Raises EngineError where the protocol's clock can't time these arms.
     """
+    check_clock(protocol.clock, arms.on_thread)
+    protocol = replace(protocol, on_thread=arms.on_thread)
     record, base = bundle.task(task), bundle.manifest.base
     graph = bundle.graph(record)
     before = state()
