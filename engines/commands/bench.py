@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from engines.latency.report import Point, Report
+    from engines.latency.service import Service
 
 STATUS = {"equivalent": DONE, "slower": NO, "undecided": UNDECIDED}
 VERDICT = "verdict"
@@ -103,6 +104,9 @@ def verdict(
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="An .onnx file of yours as an arm, of TensorRT a plan too; repeatable."),
     ] = None,
+    count_instructions: Annotated[
+        bool, typer.Option(help="Also count each arm's instructions of one run, with valgrind: minutes an arm.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the order in which arms take turns.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write a JSON report with every sample.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
@@ -121,6 +125,7 @@ def verdict(
     from engines.latency.arms import arms_of
     from engines.latency.clocks import check_clock
     from engines.latency.harness import Protocol
+    from engines.latency.instructions import check_countable
     from engines.latency.report import check_writable
     from engines.latency.run import run
     from engines.latency.workloads import loads_of
@@ -131,8 +136,12 @@ def verdict(
     loads = loads_of(opened, task, batch, length, tokens)
     with progress(f"bench {task}") as step, opener(backend.value, threads, step) as engines:
         check_clock(clock.value, engines.on_thread)
+        if count_instructions:
+            check_countable(engines.on_thread)
         arms = arms_of(opened, task, engines, [choice.value for choice in extra or []], _brought(arm or []))
-        protocol = Protocol(seconds, margin if gate is None else gate, seed, clock=clock.value)
+        protocol = Protocol(
+            seconds, margin if gate is None else gate, seed, clock=clock.value, count=count_instructions
+        )
         for report in run(opened, task, arms, loads, protocol, threads, step):
             _write(report, out, html, markdown)
     if as_json:
@@ -184,6 +193,9 @@ def _print(report: Report) -> None:
             print_table(
                 "on the device, by its own clock", ("arm", "copies there ms", "engine ms", "copies back ms"), stages
             )
+        if point.instructions:
+            counted = [(a, f"{n:,}", words.counted(point.instructions, a)) for a, n in point.instructions.items()]
+            print_table("one run, by valgrind's callgrind", ("arm", "instructions", "beside the base"), counted)
         if words.beside(point):
             print(words.beside(point))
         if point.help:
@@ -260,6 +272,8 @@ def serve(
 ) -> None:
     """Put base and merged engine under traffic: requests a second, and p50 to p99.9 of their times, queueing included.
 
+    Exit status 2: more requests came than could be answered.
+
     Example: lorafuse bench serve bundle --task movies --rate 40
     """
     from dataclasses import asdict
@@ -280,18 +294,56 @@ def serve(
         services = put_under_traffic(arms, work, Traffic(rate, workers, seconds, seed), step)
     if as_json:
         print_json([asdict(service) for service in services])
-        return
-    columns = ("arm", "requests", "a second", *(f"{name} ms" for name in services[0].percentiles))
+    else:
+        _print_services(f"{task}: {load}", services, rate, workers)
+    raise typer.Exit(UNDECIDED if any(service.overloaded for service in services) else DONE)
+
+
+def _print_services(title: str, services: Sequence[Service], rate: float | None, workers: int) -> None:
+    from engines.latency.service import PERCENTILES
+    from engines.latency.words import interval
+
+    names = [f"p{percentile:g}" for percentile in PERCENTILES]
     rows = [
-        (s.arm, str(s.requests), f"{s.rate:.1f}", *(f"{value:.3f}" for value in s.percentiles.values()))
+        (
+            s.arm,
+            str(s.requests),
+            f"{s.rate:.1f}",
+            *(f"{s.percentiles[name]:.3f}" if name in s.percentiles else "-" for name in names),
+            "-" if s.ratio is None else interval(s.ratio),
+        )
         for s in services
     ]
-    loop = (
-        f"{workers} client(s) that wait"
-        if rate is None
-        else f"{rate:g} requests a second by chance, {workers} worker(s)"
+    waiting, chance = (
+        f"{workers} client(s) that wait",
+        f"{rate or 0:g} requests a second by chance, {workers} worker(s)",
     )
-    print_table(f"{task}: {load}, {loop}", columns, rows)
+    columns = ("arm", "answered", "a second", *(f"{name} ms" for name in names), "median beside base")
+    print_table(f"{title}, {waiting if rate is None else chance}", columns, rows)
+    if any(not service.percentiles.keys() >= set(names) and not service.overloaded for service in services):
+        print("A percentile with too few requests beyond it is not told; more --seconds carry more of them.")
+    for service in services:
+        for sentence in _said_of(service, rate):
+            print(sentence)
+
+
+def _said_of(service: Service, rate: float | None) -> list[str]:
+    """What the percentiles don't tell: an overload, a queue that was carried over, requests left without an answer."""
+    if service.overloaded:
+        return [
+            f"OVERLOADED: {rate:g} requests a second come and {service.arm} answers {service.rate:.1f};"
+            f" {service.waiting} of {service.arrived} were waiting after {service.seconds:.1f} s. Their times would say"
+            " how long it was measured; choose a lower --rate or more --workers"
+        ]
+    said = []
+    if any(service.queues[:-1]):
+        said.append(f"{service.arm}: up to {max(service.queues[:-1])} requests were carried over from slice to slice")
+    if service.waiting:
+        said.append(
+            f"{service.arm}: {service.waiting} of {service.arrived} requests were not answered in time; they count with"
+            " the time that they had waited"
+        )
+    return said
 
 
 @app.command("compare")
