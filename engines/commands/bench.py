@@ -16,8 +16,8 @@ from lora.errors import LorafuseError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from engines.latency.equivalence import Ratio
-    from engines.latency.report import Report
+    from engines.latency.report import Point, Report
+    from engines.latency.service import Service
 
 STATUS = {"equivalent": DONE, "slower": NO, "undecided": UNDECIDED}
 VERDICT = "verdict"
@@ -53,6 +53,14 @@ def per_cent(text: str) -> float:
     return value
 
 
+class ClockOption(StrEnum):
+    """What a verdict is reached by."""
+
+    wall = "wall"
+    cpu = "cpu"
+    auto = "auto"
+
+
 Margin = Annotated[Any, typer.Option(parser=per_cent, metavar="SHARE", help="What counts as equal, such as 1%.")]
 Batches = Annotated[list[int], typer.Option(min=1, help="Batch size; repeatable, for a grid.")]
 Lengths = Annotated[list[int], typer.Option(min=1, help="Sequence length, in tokens; repeatable.")]
@@ -85,6 +93,10 @@ def verdict(
     ] = 120.0,
     backend: Backend = BackendChoice.onnxruntime,
     threads: Threads = 1,
+    clock: Annotated[
+        ClockOption,
+        typer.Option(help="What decides. cpu: the thread's CPU time (one thread, CPU); auto: what can decide here."),
+    ] = ClockOption.wall,
     extra: Annotated[
         list[ExtraArm] | None,
         typer.Option("--with", help="A further arm; repeatable. adapter-h and adapter-l are the paper's."),
@@ -93,6 +105,9 @@ def verdict(
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="An .onnx file of yours as an arm, of TensorRT a plan too; repeatable."),
     ] = None,
+    count_instructions: Annotated[
+        bool, typer.Option(help="Also count each arm's instructions of one run, with valgrind: minutes an arm.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the order in which arms take turns.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write a JSON report with every sample.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
@@ -101,13 +116,17 @@ def verdict(
 ) -> None:
     """Time base, base again, merged and unmerged, interleaved, and say whether merging cost latency.
 
+    Where the engine runs on the calling thread its CPU time is taken beside the wall clock.
+
     Exit status 0: equivalent within the margin; 1: slower; 2: undecided, or this machine is too noisy.
 
     Example: lorafuse bench bundle --task movies --seconds 120 --out report.json
     """
     from engines.latency.arm_engines import opener
     from engines.latency.arms import arms_of
+    from engines.latency.clocks import check_clock
     from engines.latency.harness import Protocol
+    from engines.latency.instructions import check_countable
     from engines.latency.report import check_writable
     from engines.latency.run import run
     from engines.latency.workloads import loads_of
@@ -118,8 +137,13 @@ def verdict(
     bench_part = task_part(open_bundle(bundle), task, part)
     loads = loads_of(bench_part, batch, length, tokens)
     with progress(f"bench {task}") as step, opener(backend.value, threads, step) as engines:
+        check_clock(clock.value, engines.on_thread)
+        if count_instructions:
+            check_countable(engines.on_thread)
         arms = arms_of(bench_part, engines, [choice.value for choice in extra or []], _brought(arm or []))
-        protocol = Protocol(seconds, margin if gate is None else gate, seed)
+        protocol = Protocol(
+            seconds, margin if gate is None else gate, seed, clock=clock.value, count=count_instructions
+        )
         for report in run(bench_part, arms, loads, protocol, threads, step):
             _write(report, out, html, markdown)
     if as_json:
@@ -162,50 +186,63 @@ def _write(report: Report, out: Path | None, html: Path | None, markdown: Path |
 
 
 def _print(report: Report) -> None:
-    columns = (
-        "arm",
-        "median ms",
-        "p90 ms",
-        "rows/s",
-        "opening ms",
-        "first ms",
-        "ratio to base",
-        f"at {report.margin:.3g}",
-    )
+    from engines.latency import words
+
     for point in report.points:
-        rows = [
-            (
-                r.arm,
-                f"{r.p50:.3f}",
-                f"{r.p90:.3f}",
-                f"{r.rate:.1f}",
-                f"{r.opening:.0f}",
-                f"{r.first:.2f}",
-                _interval(r.ratio),
-                r.decision,
-            )
-            for r in point.readings
-        ]
-        print_table(
-            f"{report.subject}: {point.load}, {len(point.samples.runs)} sets × {len(point.samples.runs[0])} rounds",
-            columns,
-            rows,
-        )
+        _print_readings(report, point)
         if point.device:
             stages = [(d.arm, f"{d.copies_there:.3f}", f"{d.engine:.3f}", f"{d.copies_back:.3f}") for d in point.device]
             print_table(
                 "on the device, by its own clock", ("arm", "copies there ms", "engine ms", "copies back ms"), stages
             )
+        if point.instructions:
+            counted = [(a, f"{n:,}", words.counted(point.instructions, a)) for a, n in point.instructions.items()]
+            print_table("one run, by valgrind's callgrind", ("arm", "instructions", "beside the base"), counted)
+        if words.beside(point):
+            print(words.beside(point))
+        if point.help:
+            print(f"What would help: {point.help}")
         print(f"{point.verdict.upper()}: {point.reason}")
     for name, reason in report.left_out.items():
         print(f"no arm '{name}': {reason}")
+    print(words.proof(report.digests))
+
+
+def _print_readings(report: Report, point: Point) -> None:
+    from engines.latency.words import interval
+
+    columns = ["arm", "median ms", "p90 ms", "rows/s", "opening ms", "first ms", "ratio to base"]
+    columns += [f"at {report.margin:.3g}"]
+    rows = [
+        [
+            r.arm,
+            f"{r.p50:.3f}",
+            f"{r.p90:.3f}",
+            f"{r.rate:.1f}",
+            f"{r.opening:.0f}",
+            f"{r.first:.2f}",
+            interval(r.ratio),
+            r.decision,
+        ]
+        for r in point.readings
+    ]
+    if point.by_cpu:
+        columns += ["CPU ms", "CPU ratio to base", f"at {report.margin:.3g}"]
+        rows = [
+            [*row, f"{r.p50:.3f}", interval(r.ratio), r.decision] for row, r in zip(rows, point.by_cpu, strict=True)
+        ]
+    print_table(f"{report.subject}: {point.load}, {point.samples.shape}", tuple(columns), [tuple(row) for row in rows])
 
 
 def _line(report: Report) -> str:
     """The verdict, with the reason of the load that decided it."""
+    from engines.latency.words import interval
+
     point = next(point for point in report.points if point.verdict == report.verdict)
-    ratio = point.reading("merged").ratio
-    return f"{report.verdict.upper()}: {report.subject}, {point.load}: {_interval(ratio)}; {point.reason}"
+    merged = point.reading("merged", point.clock)
+    figure = "" if merged.decision == "not said" else f"{interval(merged.ratio)}; "
+    help_ = f"; {point.help}" if point.help else ""
+    return f"{report.verdict.upper()}: {report.subject}, {point.load}: {figure}{point.reason}{help_}"
 
 
 def _without_samples(report: Report) -> dict[str, Any]:
@@ -238,6 +275,8 @@ def serve(
 ) -> None:
     """Put base and merged engine under traffic: requests a second, and p50 to p99.9 of their times, queueing included.
 
+    Exit status 2: more requests came than could be answered.
+
     Example: lorafuse bench serve bundle --task movies --rate 40
     """
     from dataclasses import asdict
@@ -259,18 +298,56 @@ def serve(
         services = put_under_traffic(arms, work, Traffic(rate, workers, seconds, seed), step)
     if as_json:
         print_json([asdict(service) for service in services])
-        return
-    columns = ("arm", "requests", "a second", *(f"{name} ms" for name in services[0].percentiles))
+    else:
+        _print_services(f"{task}: {load}", services, rate, workers)
+    raise typer.Exit(UNDECIDED if any(service.overloaded for service in services) else DONE)
+
+
+def _print_services(title: str, services: Sequence[Service], rate: float | None, workers: int) -> None:
+    from engines.latency.service import PERCENTILES
+    from engines.latency.words import interval
+
+    names = [f"p{percentile:g}" for percentile in PERCENTILES]
     rows = [
-        (s.arm, str(s.requests), f"{s.rate:.1f}", *(f"{value:.3f}" for value in s.percentiles.values()))
+        (
+            s.arm,
+            str(s.requests),
+            f"{s.rate:.1f}",
+            *(f"{s.percentiles[name]:.3f}" if name in s.percentiles else "-" for name in names),
+            "-" if s.ratio is None else interval(s.ratio),
+        )
         for s in services
     ]
-    loop = (
-        f"{workers} client(s) that wait"
-        if rate is None
-        else f"{rate:g} requests a second by chance, {workers} worker(s)"
+    waiting, chance = (
+        f"{workers} client(s) that wait",
+        f"{rate or 0:g} requests a second by chance, {workers} worker(s)",
     )
-    print_table(f"{task}: {load}, {loop}", columns, rows)
+    columns = ("arm", "answered", "a second", *(f"{name} ms" for name in names), "median beside base")
+    print_table(f"{title}, {waiting if rate is None else chance}", columns, rows)
+    if any(not service.percentiles.keys() >= set(names) and not service.overloaded for service in services):
+        print("A percentile with too few requests beyond it is not told; more --seconds carry more of them.")
+    for service in services:
+        for sentence in _said_of(service, rate):
+            print(sentence)
+
+
+def _said_of(service: Service, rate: float | None) -> list[str]:
+    """What the percentiles don't tell: an overload, a queue that was carried over, requests left without an answer."""
+    if service.overloaded:
+        return [
+            f"OVERLOADED: {rate:g} requests a second come and {service.arm} answers {service.rate:.1f};"
+            f" {service.waiting} of {service.arrived} were waiting after {service.seconds:.1f} s. Their times would say"
+            " how long it was measured; choose a lower --rate or more --workers"
+        ]
+    said = []
+    if any(service.queues[:-1]):
+        said.append(f"{service.arm}: up to {max(service.queues[:-1])} requests were carried over from slice to slice")
+    if service.waiting:
+        said.append(
+            f"{service.arm}: {service.waiting} of {service.arrived} requests were not answered in time; they count with"
+            " the time that they had waited"
+        )
+    return said
 
 
 @app.command("compare")
@@ -290,6 +367,7 @@ def compare_reports(
 
     from engines.latency.compare import compare
     from engines.latency.report import read_report
+    from engines.latency.words import interval
 
     compared = compare(read_report(first), read_report(second), margin)
     if as_json:
@@ -301,8 +379,8 @@ def compare_reports(
                 str(one.load),
                 f"{one.before:.3f}",
                 f"{one.after:.3f}",
-                _interval(one.time),
-                _interval(one.cost) if one.cost else "-",
+                interval(one.time),
+                interval(one.cost) if one.cost else "-",
                 one.decision,
             )
             for one in compared
@@ -314,7 +392,3 @@ def compare_reports(
         )
     decisions = {one.decision for one in compared}
     raise typer.Exit(NO if "slower" in decisions else UNDECIDED if "inconclusive" in decisions else DONE)
-
-
-def _interval(ratio: Ratio) -> str:
-    return f"{ratio.median:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"

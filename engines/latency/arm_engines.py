@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Protocol, Self
 
-from engines.backends import BackendName, BuildOptions, Model, Session, backend
+from engines.backends import Backend, BackendName, BuildOptions, Model, Session, backend
 from engines.backends.tensorrt.target import AMPERE_PLUS, PORTABLE
 from engines.building.build import Asked, with_profiles
 from engines.serving.load import build_command, engine_here, plan_of, task_model
@@ -24,10 +25,16 @@ Open = Callable[[], Session]
 class Opener(Protocol):
     """Opens a task's engines, and those of other graphs, on one backend.
 
-    ``on_device`` says whether its sessions tell what a run takes on a device.
+    ``on_device`` says whether its sessions tell what a run takes on a device; ``on_thread`` whether they run on the
+    calling thread alone.
     """
 
     on_device: bool
+
+    @property
+    def on_thread(self) -> bool:
+        """Whether the calling thread's CPU time is the engine's."""
+        ...
 
     @property
     def described(self) -> str:
@@ -63,13 +70,32 @@ def opener(name: BackendName, threads: int, progress: Progress = unheard) -> Ite
         yield PlanOpener(name, Path(folder), progress)
 
 
+@dataclass(frozen=True)
+class OpenModel:
+    """Opens sessions of one model, which are fed the same tensors at every run beside their inputs."""
+
+    backend: Backend
+    model: Model
+    fed: Mapping[str, Array] = field(default_factory=dict)
+
+    def __call__(self) -> Session:
+        """A fresh session."""
+        session = self.backend.load(self.model, None)
+        return _Fed(session, self.fed) if self.fed else session
+
+
 class OnnxRuntimeOpener:
     """Sessions of ONNX Runtime, on the CPU or by the provider that ``name`` says."""
 
     on_device = False
 
     def __init__(self, threads: int, name: BackendName = "onnxruntime") -> None:
-        self._backend, self._name = backend(name, threads), name
+        self._backend, self._name, self._threads = backend(name, threads), name, threads
+
+    @property
+    def on_thread(self) -> bool:
+        """On the CPU with one thread ONNX Runtime has no pool, and runs every node where it is called."""
+        return self._name == "onnxruntime" and self._threads == 1
 
     @property
     def described(self) -> str:
@@ -79,11 +105,11 @@ class OnnxRuntimeOpener:
     def pair(self, part: TaskPart, unadapted: Model) -> tuple[Open, Open]:
         """The unadapted graph, and the task's model."""
         merged = task_model(part)
-        return lambda: self._backend.load(unadapted, None), lambda: self._backend.load(merged, None)
+        return OpenModel(self._backend, unadapted), OpenModel(self._backend, merged)
 
     def graph(self, part: TaskPart, name: str, model: Model, fed: Mapping[str, Array]) -> Open:
         """The graph, fed what it is to be fed."""
-        return lambda: _Fed(self._backend.load(model, None), fed) if fed else self._backend.load(model, None)
+        return OpenModel(self._backend, model, fed)
 
     def engine(self, path: Path) -> Open:
         """ONNX Runtime has none."""
@@ -96,6 +122,7 @@ class PlanOpener:
     """
 
     on_device = True
+    on_thread = False
 
     def __init__(self, name: BackendName, folder: Path, progress: Progress) -> None:
         self._backend, self._name, self._folder, self._progress = backend(name), name, folder, progress

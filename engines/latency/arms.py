@@ -30,7 +30,7 @@ class Arms:
     """The arms in order, the base first; the digests of their graphs; and those that can't be had, with the reason.
 
     ``backend`` is what runs them and its version; ``on_device`` says whether its sessions tell what a run takes on a
-    device.
+    device, ``on_thread`` whether they run on the calling thread, so that its CPU time is theirs.
     """
 
     arms: tuple[Arm, ...]
@@ -38,6 +38,7 @@ class Arms:
     left_out: dict[str, str]
     backend: str
     on_device: bool
+    on_thread: bool = False
 
 
 def arms_of(
@@ -70,9 +71,9 @@ def arms_of(
             left_out[name] = str(error)
     for name, path in (brought or {}).items():
         open_session, digest = _brought(part, name, path, unadapted, opener)
-        arms.append(Arm(name, open_session))
+        arms.append(Arm(name, open_session, asked=True))
         digests |= {name: digest} if digest else {}
-    return Arms(tuple(arms), digests, left_out, opener.described, opener.on_device)
+    return Arms(tuple(arms), digests, left_out, opener.described, opener.on_device, opener.on_thread)
 
 
 def _form(part: TaskPart, name: str) -> tuple[Model, Mapping[str, Array]]:

@@ -9,9 +9,9 @@ one machine only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-from scipy.special import ndtri
 
 from engines.latency.equivalence import Decision, Ratio
 from engines.latency.report import Load, Point, Report
@@ -61,16 +61,14 @@ def _compared(first: Point, second: Point, arm: str, margin: float) -> Compared:
 
 def _levels(point: Point, arm: str) -> Array:
     """The logarithm of each set's median time."""
-    runs = np.array(point.samples.runs)[:, :, _index(point, arm)]
-    levels: Array = np.log(np.median(runs, axis=1))
-    return levels
+    index = _index(point, arm)
+    return np.log([np.median(np.array(one)[:, index]) for one in point.samples.runs])
 
 
 def _costs(point: Point, arm: str) -> Array:
     """The median of each set's paired log-ratios to the base."""
-    runs = np.log(np.array(point.samples.runs))
-    costs: Array = np.median(runs[:, :, _index(point, arm)] - runs[:, :, 0], axis=1)
-    return costs
+    index = _index(point, arm)
+    return np.array([np.median(one[:, index] - one[:, 0]) for one in map(np.log, map(np.array, point.samples.runs))])
 
 
 def _index(point: Point, arm: str) -> int:
@@ -86,7 +84,7 @@ def rank_sum(logs: Array, others: Array, error: float) -> Ratio:
     differences = np.sort((logs[:, None] - others[None, :]).ravel())
     pairs = len(differences)
     spread = np.sqrt(pairs * (len(logs) + len(others) + 1) / 12)
-    left_out = int(pairs / 2 + ndtri(error) * spread)
+    left_out = int(pairs / 2 + NormalDist().inv_cdf(error) * spread)
     if left_out < 1:
         raise LorafuseError(
             f"{len(logs)} and {len(others)} sets can't bound a ratio with an error of {error:.3g}; measure again, with"

@@ -13,6 +13,8 @@ is. Resampling six sets, which this replaced, promised 5 % and was wrong in 9 to
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -44,33 +46,42 @@ class Ratio:
         return "faster" if self.high < 1 / (1 + margin) else "inconclusive"
 
 
-def paired_ratio(times: Array, base_times: Array, error: float) -> Ratio:
-    """The ratio of two engines timed in the same rounds; both arrays have shape (sets, rounds), in any unit.
+def paired_ratio(times: Sequence[Array], base_times: Sequence[Array], error: float) -> Ratio:
+    """The ratio of two engines timed in the same rounds, in any unit: of each set its rounds, as many as there are.
 
     Raises ValueError where the sets are too few for ``error``.
     """
-    return _signed_rank(np.median(np.log(times / base_times), axis=1), error)
-
-
-def quantile_ratio(times: Array, base_times: Array, quantile: float, error: float) -> Ratio:
-    """The ratio of a quantile of the times within a set, such as 0.9; shapes and errors as ``paired_ratio``'s."""
-    return _signed_rank(
-        np.log(np.quantile(times, quantile, axis=1)) - np.log(np.quantile(base_times, quantile, axis=1)), error
+    return signed_rank(
+        np.array([np.median(np.log(own / base)) for own, base in zip(times, base_times, strict=True)]), error
     )
 
 
-def _signed_rank(logs: Array, error: float) -> Ratio:
-    """The median of all pairwise means, and the two that are as far from the ends as ``error`` allows; ``logs`` has
-    shape (sets,).
+def quantile_ratio(times: Sequence[Array], base_times: Sequence[Array], quantile: float, error: float) -> Ratio:
+    """The ratio of a quantile of the times within a set, such as 0.9; times and errors as ``paired_ratio``'s."""
+    own, base = (np.log([np.quantile(one, quantile) for one in sets]) for sets in (times, base_times))
+    return signed_rank(own - base, error)
+
+
+def signed_rank(logs: Array, error: float) -> Ratio:
+    """The ratio that log-ratios of sets tell: the median of all pairwise means, and the two means that are as far from
+    the ends as ``error`` allows; ``logs`` has shape (sets,).
+
+    Raises ValueError where the sets are too few for ``error``.
     """
     left_out = int(np.searchsorted(_cumulative(len(logs)), error, side="right"))
     if left_out == 0:
         raise ValueError(f"{len(logs)} sets can't bound a ratio with an error of {error:.3g}")
-    first, second = np.triu_indices(len(logs))
+    first, second = _pairs(len(logs))
     means = np.sort((logs[first] + logs[second]) / 2)
-    return Ratio(
-        float(np.exp(np.median(means))), float(np.exp(means[left_out - 1])), float(np.exp(means[-left_out])), error
-    )
+    middle = (means[(len(means) - 1) // 2] + means[len(means) // 2]) / 2
+    return Ratio(math.exp(middle), math.exp(means[left_out - 1]), math.exp(means[-left_out]), error)
+
+
+@cache
+def _pairs(sets: int) -> tuple[Array, Array]:
+    """Every pair of sets, each with itself too."""
+    first, second = np.triu_indices(sets)
+    return first, second
 
 
 @cache

@@ -6,83 +6,146 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engines.backends import Session
+from engines.latency.advice import advice
+from engines.latency.clocks import ClockChoice, has_cpu_time
 from engines.latency.report import Load, Point, Samples
+from engines.latency.rounds import LEAST_ROUNDS, Costs, Summary, best_rounds, summary
 from engines.latency.sequential import until_decided
-from engines.latency.verdict import judged
+from engines.latency.verdict import ASKED, Look, judged
 from lora.collector import uncollected
+from lora.files.tensorfile import Array
 from lora.progress import Progress, unheard
 
 Work = Callable[[Session], object]  # what is timed: one run, or a generation of several
 
 # Runs of a fresh session before it is timed; fewer where so many seconds are over, one at least.
 WARMUP, WARM_SECONDS = 5, 1.5
-# A set is worth its sessions, and short enough for this many in the budget: sets, not rounds, decide.
-SETS = 48
-LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to run the model: its name, and how to open a fresh session of it."""
+    """A way to run the model: its name, and how to open a fresh session of it.
+
+    ``asked``: what it costs is a question of its own, which keeps a run going. It is for the arms that users bring.
+    """
 
     name: str
     open: Callable[[], Session]
+    asked: bool = False
 
 
 @dataclass(frozen=True)
 class Protocol:
     """How long to measure and what to decide: a budget in seconds, the margin, the seed of all chance.
 
-    ``rounds`` in a set; None: as many as leave the budget room for ``SETS`` sets.
+    ``rounds`` in a set; None: as many as its sessions are worth. ``clock`` is what the verdict is reached by. CPU time
+    is taken where the engines run ``on_thread``, the one that calls them. ``count``: each arm's instructions too, which
+    takes minutes beyond the budget.
     """
 
     budget: float = 60.0
     margin: float = 0.01
     seed: int = 0
     rounds: int | None = None
+    clock: ClockChoice = "wall"
+    on_thread: bool = False
+    count: bool = False
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What one set of sessions gave, in ns: times of shape (rounds, arms), and of each arm the opening and the first
-    run.
+    """What one set of sessions gave, in ns: wall and CPU times of shape (rounds, arms), and of each arm the opening and
+    the first run.
     """
 
     times: list[list[int]]
+    cpu: list[list[int]]
     opening: list[int]
     first: list[int]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a look sees: the point, and whether every question is answered."""
+
+    point: Point
+    is_decided: bool
+
+
 def measure(arms: Sequence[Arm], load: Load, work: Work, protocol: Protocol, progress: Progress = unheard) -> Point:
-    """Time the arms at ``work`` until the question is decided or the budget is spent.
+    """Time the arms at ``work`` until the questions are decided or the budget is spent.
 
     The first arm is the base that all are compared with. At least ``FIRST_LOOK`` sets are measured, whatever they take.
     """
-    random, started = np.random.default_rng(protocol.seed), time.monotonic()
-    names = tuple(arm.name for arm in arms)
-    rounds = protocol.rounds
+    run = _Run(arms, load, work, protocol, progress)
+    seen = until_decided(run.take, run.judge, run.spent)
+    return replace(seen.point, help=advice(seen.point, protocol.margin, run.seconds))
 
-    def take(number: int) -> Taken:
-        nonlocal rounds
-        progress(f"{load}: set {number + 1} of sessions, {time.monotonic() - started:.0f} s of {protocol.budget:.0f} s")
-        taken = take_set(arms, work, rounds or rounds_within(protocol.budget / SETS), random)
-        rounds = len(taken.times)
+
+class _Run:
+    """The sets of one measurement, and what the looks at them have seen."""
+
+    def __init__(self, arms: Sequence[Arm], load: Load, work: Work, protocol: Protocol, progress: Progress) -> None:
+        self._arms, self._load, self._work, self._protocol, self._progress = arms, load, work, protocol, progress
+        self._random = np.random.default_rng(protocol.seed)
+        self._started = time.monotonic()
+        self._with_cpu = protocol.on_thread and has_cpu_time()
+        self._sets: list[Taken] = []
+        self._point: Point | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    def spent(self, sets: int) -> float:
+        """The share of the budget; everything, where another set could not be fitted in."""
+        budget = self._protocol.budget
+        return 1.0 if self.seconds >= budget else self.seconds / budget
+
+    def take(self, number: int) -> Taken:
+        self._progress(
+            f"{self._load}: set {number + 1} of sessions, {self.seconds:.0f} s of {self._protocol.budget:.0f} s"
+        )
+        taken = take_set(self._arms, self._work, self._protocol.rounds or self._rounds, self._random)
+        self._sets.append(taken)
         return taken
 
-    def judge(sets: Sequence[Taken], error: float) -> Point:
-        return judged(load, names, _samples(sets), protocol.margin, error)
+    def _rounds(self, spent: float, one: float) -> int:
+        """Of this set, whose sessions took ``spent`` seconds so far and whose rounds take ``one`` each, to go by the
+        quickest runs of warming up: beside other work it is what the rounds before took.
+        """
+        if self._sets:
+            one = max(one, float(np.mean([np.sum(taken.times) / len(taken.times) for taken in self._sets])) / 1e9)
+        left = self._protocol.budget - self.seconds
+        rounds = best_rounds(self._summaries(), Costs(spent, one), self._protocol.budget)
+        return max(LEAST_ROUNDS, min(rounds, int(left / one)))
 
-    return until_decided(take, judge, lambda sets: time.monotonic() - started > protocol.budget)
+    def _summaries(self) -> list[Summary]:
+        """By the clock that decides, of the arms that are asked about."""
+        by_cpu = self._with_cpu and (self._point.clock if self._point else self._protocol.clock) == "cpu"
+        asked = [index for index, arm in enumerate(self._arms) if arm.name in ASKED or arm.asked]
+        return [summary(_logs(taken.cpu if by_cpu else taken.times)[:, asked]) for taken in self._sets]
+
+    def judge(self, sets: Sequence[Taken], error: float, share: float) -> Seen:
+        look = Look(self._protocol.margin, error, self._protocol.clock, share, self._point)
+        point = judged(self._load, [arm.name for arm in self._arms], _samples(sets, self._with_cpu), look)
+        self._point = point
+        asked = {arm.name for arm in self._arms if arm.asked}
+        words = {reading.decision for reading in point.by(point.clock) if reading.arm in asked}
+        return Seen(point, point.verdict != "undecided" and "inconclusive" not in words)
 
 
-def rounds_within(seconds: float) -> Callable[[float, float], int]:
-    """As many rounds as there is time for, of a set's ``seconds``, when so many are spent and one takes so long."""
-    return lambda spent, one: int(np.clip((seconds - spent) / one, LEAST_ROUNDS, MOST_ROUNDS))
+def _logs(times: list[list[int]]) -> Array:
+    """The rounds' log-ratios to the base, shape (rounds, arms)."""
+    logs = np.log(np.array(times, float))
+    beside: Array = logs - logs[:, :1]
+    return beside
 
 
 def take_set(
@@ -105,8 +168,9 @@ def take_set(
             warming[index] = _warm_up(work, sessions[index])
         if not isinstance(rounds, int):
             rounds = rounds(time.monotonic() - began, sum(min(times) for times in warming) / 1e9)
-        times = _measure_rounds(sessions, work, rounds, random)
-    return Taken(times, opening, [times[0] for times in warming])
+        taken = _measure_rounds(sessions, work, rounds, random)
+    times, cpu = ([[sample[clock] for sample in one] for one in taken] for clock in (0, 1))
+    return Taken(times, cpu, opening, [times[0] for times in warming])
 
 
 def _warm_up(work: Work, session: Session) -> list[int]:
@@ -118,26 +182,41 @@ def _warm_up(work: Work, session: Session) -> list[int]:
 
 def _measure_rounds(
     sessions: Mapping[int, Session], work: Work, rounds: int, random: np.random.Generator
-) -> list[list[int]]:
+) -> list[list[tuple[int, int]]]:
     """Without the garbage collector, which would take its time from whichever arm it meets."""
     gc.collect()
     with uncollected():
         return [_measure_round(sessions, work, random) for _ in range(rounds)]
 
 
-def _measure_round(sessions: Mapping[int, Session], work: Work, random: np.random.Generator) -> list[int]:
-    times = [0] * len(sessions)
+def _measure_round(sessions: Mapping[int, Session], work: Work, random: np.random.Generator) -> list[tuple[int, int]]:
+    samples = [(0, 0)] * len(sessions)
     for index in random.permutation(len(sessions)).tolist():
-        times[index] = timed(work, sessions[index])
-    return times
+        samples[index] = timed_by_both(work, sessions[index])
+    return samples
 
 
 def timed(work: Work, session: Session) -> int:
-    """One sample, in ns."""
+    """One sample by the wall clock, in ns."""
     start = time.perf_counter_ns()
     work(session)
     return time.perf_counter_ns() - start
 
 
-def _samples(sets: Sequence[Taken]) -> Samples:
-    return Samples([one.times for one in sets], [one.opening for one in sets], [one.first for one in sets])
+def timed_by_both(work: Work, session: Session) -> tuple[int, int]:
+    """One sample by the wall clock and by this thread's CPU time, in ns.
+
+    Reading the latter enters the kernel, so it is done outside of what the wall clock sees.
+    """
+    began = time.thread_time_ns()
+    wall = timed(work, session)
+    return wall, max(1, time.thread_time_ns() - began)
+
+
+def _samples(sets: Sequence[Taken], with_cpu: bool) -> Samples:
+    return Samples(
+        [one.times for one in sets],
+        [one.opening for one in sets],
+        [one.first for one in sets],
+        [one.cpu for one in sets] if with_cpu else [],
+    )

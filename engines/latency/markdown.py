@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engines.latency import words
 from engines.latency.report import Point, Report
 
 
@@ -20,12 +21,36 @@ def markdown(report: Report) -> str:
 
 def _section(point: Point) -> str:
     rows = [
-        f"| {_plain(r.arm)} | {r.p50:.3f} | {r.p90:.3f} | {r.ratio.median:.4f} | [{r.ratio.low:.4f},"
+        f"| {_plain(r.arm)} | {clock} | {r.p50:.3f} | {r.p90:.3f} | {r.ratio.median:.4f} | [{r.ratio.low:.4f},"
         f" {r.ratio.high:.4f}] | {r.decision} |"
-        for r in point.readings
+        for clock, readings in (("wall", point.readings), ("CPU", point.by_cpu))
+        for r in readings
     ]
-    head = ["| arm | p50 ms | p90 ms | ratio to base | interval | |", "|---|---|---|---|---|---|"]
-    return "\n".join(["", f"**{point.load}**: {point.verdict}; {point.reason}", "", *head, *rows, "", *_device(point)])
+    head = ["| arm | clock | p50 ms | p90 ms | ratio to base | interval | |", "|---|---|---|---|---|---|---|"]
+    said = [text for text in (words.headline(point), words.beside(point), point.help) if text]
+    return "\n".join(
+        [
+            "",
+            f"**{point.load}**: {point.verdict}; {point.reason}",
+            *said,
+            "",
+            *head,
+            *rows,
+            "",
+            *_counted(point),
+            *_device(point),
+        ]
+    )
+
+
+def _counted(point: Point) -> list[str]:
+    if not point.instructions:
+        return []
+    rows = [
+        f"| {_plain(arm)} | {count} | {words.counted(point.instructions, arm)} |"
+        for arm, count in point.instructions.items()
+    ]
+    return ["| instructions of a run | | beside the base |", "|---|---|---|", *rows, ""]
 
 
 def _device(point: Point) -> list[str]:

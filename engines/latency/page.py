@@ -5,11 +5,14 @@ Marks are SVG stretched to the width there is; words are HTML beside them, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from engines.latency import words
+from engines.latency.clocks import NAMES, Clock
+from engines.latency.equivalence import Ratio
 from engines.latency.report import Point, Reading, Report
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 from lora.files.tensorfile import Array
@@ -45,10 +48,23 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Ruler:
+    """What ratios are drawn against: where the base's own time lies, where the margin begins and ends, and the axis."""
+
+    scale: Scale
+    one: float
+    band: tuple[float, float]
+    axis: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
 class RatioRow:
-    """An arm's ratio to the base: the interval and its middle, and a dot for each set, in per cent of the width."""
+    """An arm's ratio to the base by one clock: the interval and its middle, and a dot for each set, in per cent of the
+    width.
+    """
 
     reading: Reading
+    clock: Clock
     role: str
     low: float
     middle: float
@@ -59,11 +75,13 @@ class RatioRow:
 
 @dataclass(frozen=True)
 class TimesRow:
-    """An arm's times: bars of (left, height), both in per cent; the median's place; how many samples lie beyond the
-    axis.
+    """An arm's times by one clock: bars of (left, height), both in per cent; the median's place, and in ms; how many
+    samples lie beyond the axis.
     """
 
     arm: str
+    clock: Clock
+    p50: float
     bars: tuple[tuple[float, float], ...]
     median: float
     beyond: int
@@ -72,20 +90,19 @@ class TimesRow:
 
 @dataclass(frozen=True)
 class Charts:
-    """All that is drawn of one load; ``one`` is where the base's own time lies, ``band`` where the margin begins and
-    ends.
+    """All that is drawn of one load: the merged arm by the clock that decides, closely, and a row for each arm and
+    clock.
     """
 
     point: Point
-    one: float
-    band: tuple[float, float]
-    ratio_axis: tuple[Mark, ...]
+    clocks: tuple[Clock, ...]
+    close: Ruler
+    answer: RatioRow
+    ruler: Ruler
     ratios: tuple[RatioRow, ...]
     times_axis: tuple[Mark, ...]
     times: tuple[TimesRow, ...]
     bar_width: float
-    sets: int
-    rounds: int
 
 
 def page(report: Report) -> str:
@@ -102,70 +119,92 @@ def page(report: Report) -> str:
     return environment.get_template("page.html.jinja").render(
         report=report,
         charts=[_charts(point, report.margin) for point in report.points],
-        graph=_graph(report.digests),
         machine=_machine(report),
-        roles=ROLES,
+        words=words,
+        names=NAMES,
     )
 
 
 def _charts(point: Point, margin: float) -> Charts:
-    runs = np.array(point.samples.runs, float)
-    scale, times_scale = _ratio_scale(point, margin), _times_scale(runs)
+    clocks: tuple[Clock, ...] = ("wall", "cpu") if point.by_cpu else ("wall",)
+    times = {clock: _times(point, clock) for clock in clocks}
+    merged = [reading.arm for reading in point.readings].index(MERGED)
+    close = _ruler([point.reading(MERGED, point.clock).ratio], margin)
+    ruler = _ruler([reading.ratio for reading in (*point.readings, *point.by_cpu)], margin)
+    times_scale, arms = _times_scale(times.values()), range(len(point.readings))
     return Charts(
         point=point,
-        one=scale(1.0),
-        band=(scale(1 / (1 + margin)), scale(1 + margin)),
-        ratio_axis=_marks([1 / (1 + margin), 1 + margin, *_ticks(scale)], scale, _per_cent),
-        ratios=tuple(_ratio_row(point, runs, index, scale) for index in range(1, runs.shape[2])),
+        clocks=clocks,
+        close=close,
+        answer=_ratio_row(point, point.clock, times[point.clock], merged, close.scale),
+        ruler=ruler,
+        ratios=tuple(_ratio_row(point, clock, times[clock], arm, ruler.scale) for arm in arms[1:] for clock in clocks),
         times_axis=_marks(_ticks(times_scale), times_scale, lambda time: f"{time:.4g} ms"),
-        times=tuple(
-            _times_row(reading.arm, runs[:, :, index], times_scale) for index, reading in enumerate(point.readings)
-        ),
+        times=tuple(_times_row(point, clock, times[clock], arm, times_scale) for arm in arms for clock in clocks),
         bar_width=100 / BINS,
-        sets=runs.shape[0],
-        rounds=runs.shape[1],
     )
 
 
-def _ratio_scale(point: Point, margin: float) -> Scale:
+def _times(point: Point, clock: Clock) -> list[Array]:
+    """Of each set, the times in ms by a clock, shape (rounds, arms)."""
+    samples = point.samples
+    return [np.array(one, float) / 1e6 for one in (samples.cpu if clock == "cpu" else samples.runs)]
+
+
+def _ruler(ratios: Iterable[Ratio], margin: float) -> Ruler:
     """Wide enough for the margin and every interval, with some air."""
-    lows, highs = ([getattr(reading.ratio, end) for reading in point.readings] for end in ("low", "high"))
-    low, high = min(1 / (1 + margin), *lows), max(1 + margin, *highs)
+    found = list(ratios)
+    low = min(1 / (1 + margin), *(ratio.low for ratio in found))
+    high = max(1 + margin, *(ratio.high for ratio in found))
     air = 0.12 * (high - low)
-    return Scale(low - air, high + air)
+    scale = Scale(low - air, high + air)
+    axis = _marks([1 / (1 + margin), 1 + margin, *_ticks(scale)], scale, _per_cent)
+    return Ruler(scale, scale(1.0), (scale(1 / (1 + margin)), scale(1 + margin)), axis)
 
 
-def _times_scale(runs: Array) -> Scale:
-    low, high = float(runs.min()) / 1e6, float(np.quantile(runs, SHOWN)) / 1e6
+def _times_scale(by_clock: Iterable[list[Array]]) -> Scale:
+    every = [np.concatenate(sets) for sets in by_clock]
+    low = min(float(times.min()) for times in every)
+    high = max(float(np.quantile(times, SHOWN)) for times in every)
     return Scale(low, high if high > low else low * 1.01 + 1e-6)
 
 
-def _ratio_row(point: Point, runs: Array, index: int, scale: Scale) -> RatioRow:
-    reading = point.readings[index]
+def _ratio_row(point: Point, clock: Clock, times: list[Array], index: int, scale: Scale) -> RatioRow:
+    reading = point.by(clock)[index]
     ratio = reading.ratio
-    sets = np.exp(np.median(np.log(runs[:, :, index] / runs[:, :, 0]), axis=1))
+    sets = [float(np.exp(np.median(np.log(one[:, index] / one[:, 0])))) for one in times]
     says = (
-        f"{reading.arm}: {ratio.median:.4f} of the base's time, between {ratio.low:.4f} and {ratio.high:.4f}:"
-        f" {reading.decision}"
+        f"{reading.arm} by {NAMES[clock]}: {ratio.median:.4f} of the base's time, between {ratio.low:.4f} and"
+        f" {ratio.high:.4f}: {reading.decision}"
     )
-    places = tuple(scale(one) for one in sets.tolist())
     return RatioRow(
-        reading, ROLES.get(reading.arm, ""), scale(ratio.low), scale(ratio.median), scale(ratio.high), places, says
+        reading,
+        clock,
+        ROLES.get(reading.arm, ""),
+        scale(ratio.low),
+        scale(ratio.median),
+        scale(ratio.high),
+        tuple(map(scale, sets)),
+        says,
     )
 
 
-def _times_row(arm: str, times: Array, scale: Scale) -> TimesRow:
-    milliseconds = times.ravel() / 1e6
-    counts, edges = np.histogram(milliseconds[milliseconds <= scale.high], BINS, (scale.low, scale.high))
+def _times_row(point: Point, clock: Clock, times: list[Array], index: int, scale: Scale) -> TimesRow:
+    reading = point.by(clock)[index]
+    every = np.concatenate(times)[:, index]
+    counts, edges = np.histogram(every[every <= scale.high], BINS, (scale.low, scale.high))
     tallest = max(1, int(counts.max()))
     bars = tuple(
         (scale(edge), round(100 * count / tallest, 2))
         for edge, count in zip(edges.tolist(), counts.tolist(), strict=False)
         if count
     )
-    beyond, median = int((milliseconds > scale.high).sum()), float(np.median(milliseconds))
-    says = f"{arm}: {len(milliseconds)} times with a median of {median:.3f} ms, {beyond} of them beyond the axis"
-    return TimesRow(arm, bars, scale(median), beyond, says)
+    beyond, median = int((every > scale.high).sum()), float(np.median(every))
+    says = (
+        f"{reading.arm} by {NAMES[clock]}: {len(every)} times with a median of {median:.3f} ms, {beyond} of them beyond"
+        " the axis"
+    )
+    return TimesRow(reading.arm, clock, median, bars, scale(median), beyond, says)
 
 
 def _ticks(scale: Scale) -> list[float]:
@@ -191,21 +230,6 @@ def _marks(values: Sequence[float], scale: Scale, label: Callable[[float], str])
 
 def _per_cent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.3g} %".replace("-", "−") if ratio != 1 else "base"
-
-
-def _graph(digests: dict[str, str]) -> str:
-    """What the digests prove, in words."""
-    if MERGED not in digests or BASE not in digests:
-        return "The graphs of base and merged were not compared."
-    if digests[MERGED] == digests[BASE]:
-        return (
-            "Merged and unadapted graph are the same: the same nodes, edges and shapes, by their digest. Only weights"
-            " differ."
-        )
-    return (
-        "MERGED AND UNADAPTED GRAPH DIFFER: they do not compute the same nodes, and this is no proof that merging costs"
-        " nothing."
-    )
 
 
 def _machine(report: Report) -> list[tuple[str, str]]:

@@ -14,14 +14,17 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from engines.latency.clocks import Clock
 from engines.latency.equivalence import Decision, Ratio
 from lora.errors import LorafuseError
 from lora.files.durable import flush
 from lora.wording import printable
 
-SCHEMA = 1
+SCHEMA = 2
+READ = (1, 2)  # schema 1 knew no CPU time, and as many rounds in every set
 
 Verdict = Literal["equivalent", "slower", "undecided"]
+Word = Decision | Literal["not said"]  # of an arm; not said where the null control failed
 Nanoseconds = Annotated[int, msgspec.Meta(gt=0, lt=2**62)]
 
 
@@ -44,21 +47,32 @@ class Load:
 
 @dataclass(frozen=True)
 class Samples:
-    """Every time taken, in ns: runs of shape (sets, rounds, arms); of each set and arm, opening the session and its
-    first run.
+    """Every time taken, in ns: runs of shape (sets, rounds, arms), whose rounds may be more in one set than in another;
+    of each set and arm, opening the session and its first run.
+
+    ``cpu`` is the calling thread's CPU time in the same runs; empty where that is not the engine's.
     """
 
     runs: list[list[list[Nanoseconds]]]
     opening: list[list[Nanoseconds]]
     first: list[list[Nanoseconds]]
+    cpu: list[list[list[Nanoseconds]]] = field(default_factory=list)
+
+    @property
+    def shape(self) -> str:
+        """Sets and rounds, in words."""
+        rounds = sorted({len(one) for one in self.runs})
+        return f"{len(self.runs)} sets of {'–'.join(map(str, rounds[:: max(1, len(rounds) - 1)]))} rounds"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One arm: times in ms (medians, but for ``p90`` and ``p99``), its ratios to the base, and what the median's ratio
-    says.
+    """One arm by one clock: times in ms (medians, but for ``p90`` and ``p99``), its ratios to the base, and what the
+    median's ratio says.
 
     ``p99`` and its ratio are there where a set has rounds enough for it. ``rate`` is rows a second, at the median.
+    ``opening`` and ``first`` are the wall clock's. ``ratio`` is that of the first look, after so many ``sets``, that
+    decided it; of the last one where none did.
     """
 
     arm: str
@@ -71,7 +85,17 @@ class Reading:
     ratio: Ratio
     ratio_p90: Ratio
     ratio_p99: Ratio | None
-    decision: Decision
+    decision: Word
+    sets: int = 0
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one clock says by itself."""
+
+    clock: Clock
+    verdict: Verdict
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -91,8 +115,10 @@ class Point:
     """One load: the verdict on the merged arm and the reason, the readings that it rests on, and the samples that they
     rest on.
 
-    ``device`` is there where the engines run on one: beside the readings, which are the host's times from call to
-    answer.
+    ``clock`` is what the verdict was reached by. ``readings`` are the wall clock's whatever it is, ``by_cpu`` those of
+    the calling thread's CPU time, and ``said`` what each clock says. ``help`` is what would help an undecided one.
+    ``instructions`` of one run are there where they were counted, by arm. ``device`` is there where the engines run on
+    one: beside the readings, which are the host's times from call to answer.
     """
 
     load: Load
@@ -101,10 +127,19 @@ class Point:
     readings: tuple[Reading, ...]
     samples: Samples
     device: tuple[DeviceTimes, ...] = ()
+    clock: Clock = "wall"
+    by_cpu: tuple[Reading, ...] = ()
+    said: tuple[Said, ...] = ()
+    help: str = ""
+    instructions: dict[str, int] = field(default_factory=dict)
 
-    def reading(self, arm: str) -> Reading:
-        """The reading of an arm. Raises KeyError where there is none."""
-        return {reading.arm: reading for reading in self.readings}[arm]
+    def by(self, clock: Clock) -> tuple[Reading, ...]:
+        """The readings of a clock: none where it was not looked at."""
+        return self.by_cpu if clock == "cpu" else self.readings
+
+    def reading(self, arm: str, clock: Clock = "wall") -> Reading:
+        """The reading of an arm by a clock. Raises KeyError where there is none."""
+        return {reading.arm: reading for reading in self.by(clock)}[arm]
 
 
 @dataclass(frozen=True)
@@ -190,10 +225,10 @@ def read_report(path: Path) -> Report:
     try:
         content = path.read_bytes()
         schema = msgspec.json.decode(content, type=_Schema).schema
-        if schema != SCHEMA:
+        if schema not in READ:
             raise LorafuseError(
-                f"{path}: schema {schema}; this lorafuse reads {SCHEMA}; measure again, or read it with the lorafuse"
-                " that wrote it"
+                f"{path}: schema {schema}; this lorafuse reads {' and '.join(map(str, READ))}; measure again, or read"
+                " it with the lorafuse that wrote it"
             )
         report = msgspec.json.decode(content, type=Report)
     except OSError as error:
@@ -219,13 +254,18 @@ class _Schema(msgspec.Struct):
 
 
 def _is_whole(point: Point, arms: tuple[str, ...]) -> bool:
-    """Whether there is a time of every arm in every round of every set."""
-    runs, opening, first = point.samples.runs, point.samples.opening, point.samples.first
-    sets, rounds = len(runs), len(runs[0]) if runs else 0
+    """Whether there is a time of every arm in every round of every set, by each clock that was looked at."""
+    samples = point.samples
+    by_clock = (samples.runs, samples.cpu) if samples.cpu else (samples.runs,)
+    readings = (point.readings, point.by_cpu) if samples.cpu or point.by_cpu else (point.readings,)
+    times = [one for runs in by_clock for rounds in runs for one in rounds]
     return (
-        tuple(reading.arm for reading in point.readings) == arms
-        and rounds > 0
-        and sets == len(opening) == len(first)
-        and all(len(one) == rounds for one in runs)
-        and all(len(times) == len(arms) for times in (*opening, *first, *(times for one in runs for times in one)))
+        all(tuple(reading.arm for reading in of) == arms for of in readings)
+        and len(readings) == len(by_clock)
+        and len(samples.runs) > 0
+        and all(len(rounds) > 0 for rounds in samples.runs)
+        and all([len(rounds) for rounds in runs] == [len(rounds) for rounds in samples.runs] for runs in by_clock)
+        and len(samples.runs) == len(samples.opening) == len(samples.first)
+        and all(len(one) == len(arms) for one in (*samples.opening, *samples.first, *times))
+        and point.by(point.clock) != ()
     )

@@ -24,8 +24,11 @@ def make_report() -> Callable[..., Report]:
         scale: float = 1.0,
         sets: int = 12,
         seed: int = 0,
+        cpu: bool = False,
     ) -> Report:
         ratios = {arm: scale * (slow or {}).get(arm, 1.0) for arm in arms}
-        return report(*(point(ratios, sets=sets, rounds=5, spread=0.001, load=load, seed=seed) for load in loads))
+        return report(
+            *(point(ratios, sets=sets, rounds=5, spread=0.001, load=load, seed=seed, cpu=cpu) for load in loads)
+        )
 
     return make

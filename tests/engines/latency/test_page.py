@@ -94,6 +94,37 @@ def test_verdict_reasons_and_every_ratio_are_in_words():
             assert f"{reading.ratio.median:.4f} [{reading.ratio.low:.4f}, {reading.ratio.high:.4f}]" in text
 
 
+def test_both_clocks_are_drawn_and_the_one_that_decides_is_named():
+    made = report(point(cpu=True))
+    found = parsed(made)
+    text = " ".join(found.text)
+    drawn = [attributes.get("class") for tag, attributes in found.tags if tag == "line"]
+    assert drawn.count("interval wall") == len(RATIOS) - 1
+    assert drawn.count("interval cpu") == len(RATIOS)  # and the answer
+    assert text.count("CPU time, which decides") == len(RATIOS) - 1
+    assert f"By itself, the wall clock says {made.verdict}: " in text
+    assert {"By the wall clock", "By CPU time"} <= set(found.text)
+    assert "| merged | CPU |" in markdown(made)
+    assert "CPU time" not in " ".join(parsed(report()).text)
+
+
+def test_no_arm_has_a_word_where_the_null_control_failed():
+    made = report(replace(point(spread=0.1), help="pin a core"))
+    text = " ".join(parsed(made).text)
+    for shown in (text, markdown(made)):
+        assert "No figure: the base against itself is not within the margin" in shown
+        assert shown.count("not said") >= len(RATIOS) - 2
+        assert "pin a core" in shown
+        assert "Merged takes" not in shown
+
+
+def test_instructions_are_shown_where_they_were_counted():
+    counted = report(replace(point(), instructions={BASE: 10_000, MERGED: 10_001, UNMERGED: 10_143}))
+    assert [MERGED, "10,001", "+0.010 %"] in parsed(counted).rows
+    assert "| unmerged | 10143 | +1.430 % |" in markdown(counted).splitlines()
+    assert "nstructions of" not in page(report()) + markdown(report())
+
+
 def test_nothing_is_fetched_and_nothing_runs():
     html = page(report())
     assert "default-src 'none'" in html
@@ -113,17 +144,17 @@ def test_hostile_names_are_only_names():
     assert "script" not in {tag for tag, _ in found.tags}
     assert "".join(found.text).count(HOSTILE) >= 4
     table = [line for line in markdown(made).splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {7}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {8}
     assert "<script" not in markdown(made)
 
 
 def test_every_chart_says_in_words_what_it_shows():
     labels = [attributes.get("aria-label") for tag, attributes in parsed(report()).tags if tag == "svg"]
-    assert len(labels) == len(RATIOS) - 1 + len(RATIOS)
+    assert len(labels) == 1 + len(RATIOS) - 1 + len(RATIOS)  # the answer, the ratios, the times
     assert all(labels)
     merged = report().points[0].reading(MERGED)
     assert (
-        f"merged: {merged.ratio.median:.4f} of the base's time, between {merged.ratio.low:.4f} and"
+        f"merged by the wall clock: {merged.ratio.median:.4f} of the base's time, between {merged.ratio.low:.4f} and"
         f" {merged.ratio.high:.4f}: {merged.decision}" in labels
     )
 
@@ -156,8 +187,8 @@ def test_every_place_is_on_the_chart(made: Report):
 def test_the_margin_is_where_it_belongs():
     made = report(point({BASE: 1, AGAIN: 1, MERGED: 1.0099}, spread=0))
     tags = parsed(made).tags
-    band = next(attributes for tag, attributes in tags if tag == "rect" and attributes.get("class") == "band")
-    middles = [float(attributes["x1"] or "nan") for tag, attributes in tags if attributes.get("class") == "middle"]
+    band = [attributes for tag, attributes in tags if tag == "rect" and attributes.get("class") == "band"][1]
+    _, *middles = [float(attributes["x1"] or "nan") for tag, attributes in tags if attributes.get("class") == "middle"]
     right = float(band["x"] or "nan") + float(band["width"] or "nan")
     assert float(band["x"] or "nan") < middles[0] < middles[1] < right
     assert right - middles[1] < 0.02 * (right - middles[0])

@@ -55,6 +55,29 @@ def test_what_was_written_is_read_again(make_report: Callable[..., Report], tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_a_report_of_schema_1_is_read_as_the_wall_clocks(make_report: Callable[..., Report], tmp_path: Path):
+    """It knew no other clock; what came later has a default."""
+    content = json.loads(msgspec.json.encode(make_report()))
+    content["schema"] = 1
+    for point in content["points"]:
+        for later in ("clock", "by_cpu", "said", "help", "instructions"):
+            del point[later]
+        del point["samples"]["cpu"]
+        for reading in point["readings"]:
+            del reading["sets"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    old = read_report(tmp_path / "old.json")
+    assert (old.points[0].clock, old.points[0].by_cpu) == ("wall", ())
+    assert old.points[0].reading("merged").ratio == make_report().points[0].reading("merged").ratio
+
+
+def test_a_report_of_both_clocks_is_read_again(make_report: Callable[..., Report], tmp_path: Path):
+    report = make_report(cpu=True)
+    write_report(tmp_path / "report.json", report)
+    assert read_report(tmp_path / "report.json") == report
+    assert report.points[0].clock == "cpu"
+
+
 def test_writing_replaces_the_former_report(make_report: Callable[..., Report], tmp_path: Path):
     for seed in (0, 1):
         write_report(tmp_path / "report.json", make_report(seed=seed))
@@ -157,12 +180,12 @@ def test_a_report_with_anything_put_anywhere_is_read_whole_or_refused_in_one_lin
     ("change", "said"),
     [
         ({"points": []}, "holds no readings; measure again"),
-        ({"schema": SCHEMA + 1}, f"schema {SCHEMA + 1}; this lorafuse reads {SCHEMA}; measure again, or read it with"),
+        ({"schema": SCHEMA + 1}, f"schema {SCHEMA + 1}; this lorafuse reads 1 and 2; measure again, or read it with"),
         (
             {"schema": SCHEMA + 1, "points": {"are": "something else by then"}},
-            f"schema {SCHEMA + 1}; this lorafuse reads {SCHEMA}",
+            f"schema {SCHEMA + 1}; this lorafuse reads 1 and 2",
         ),
-        ({"schema": 0}, f"schema 0; this lorafuse reads {SCHEMA}"),
+        ({"schema": 0}, "schema 0; this lorafuse reads 1 and 2"),
         ({"schema": "1"}, "not a latency report (Expected `int`, got `str` - at `$.schema`)"),
         ({"verdict": "faster"}, "not a latency report (Invalid enum value 'faster' - at `$.verdict`)"),
     ],
@@ -181,7 +204,11 @@ def test_report_of_another_kind_says_what_it_is(
     [
         (lambda point: point["samples"].update(runs=[]), "do not go with its arms"),
         (lambda point: point["samples"].update(runs=[[] for _ in point["samples"]["runs"]]), "do not go with its arms"),
-        (lambda point: point["samples"]["runs"][2].pop(), "do not go with its arms"),
+        (lambda point: point["samples"]["cpu"][2].pop(), "do not go with its arms"),
+        (lambda point: point["samples"]["cpu"].pop(), "do not go with its arms"),
+        (lambda point: point["samples"].update(cpu=[]), "do not go with its arms"),
+        (lambda point: point.update(by_cpu=[]), "do not go with its arms"),
+        (lambda point: point["by_cpu"].pop(), "do not go with its arms"),
         (lambda point: point["samples"]["runs"][2][1].pop(), "do not go with its arms"),
         (lambda point: point["samples"]["opening"].pop(), "do not go with its arms"),
         (lambda point: point["samples"]["first"][0].append(5), "do not go with its arms"),
@@ -192,13 +219,13 @@ def test_report_of_another_kind_says_what_it_is(
         (lambda point: point["samples"]["runs"][2][1].__setitem__(0, 10**30), "not a latency report ("),
         (lambda point: point.pop("samples"), "missing required field `samples`"),
     ],
-    ids=string.ascii_lowercase[:12],
+    ids=string.ascii_lowercase[:16],
 )
 def test_samples_that_are_not_whole_are_refused(
     make_report: Callable[..., Report], tmp_path: Path, change: Callable[[Any], object], said: str
 ):
     """The second of two points; every figure of a comparison is taken from its samples."""
-    content = json.loads(msgspec.json.encode(make_report(loads=[Load(1, 8), Load(2, 8)])))
+    content = json.loads(msgspec.json.encode(make_report(loads=[Load(1, 8), Load(2, 8)], cpu=True)))
     change(content["points"][1])
     (tmp_path / "report.json").write_text(json.dumps(content))
     assert said in refusal(tmp_path / "report.json")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engines.backends import Session
 from engines.latency.harness import WARMUP, Arm
-from engines.latency.service import MOST_REQUESTS, SLICES, Service, Traffic, _slice, poisson, serve
+from engines.latency.service import BEYOND, MOST_REQUESTS, OVERTIME, SLICES, Service, Traffic, carried, poisson, serve
 from lora.errors import EngineError
 from lora.files.tensorfile import Array
 
@@ -86,106 +86,212 @@ def served(session: Sleeping, traffic: Traffic) -> Service:
     return service
 
 
-def times_of(session: Sleeping, traffic: Traffic) -> Array:
-    """The times in s of one slice."""
-    return _slice(session, run, traffic, 0)[0]
+def arrivals_of(traffic: Traffic) -> Array:
+    assert traffic.rate is not None
+    return poisson(traffic.rate, traffic.seconds, np.random.default_rng(traffic.seed))
+
+
+def simulated(arrivals: Array, seconds: float, stalls: Mapping[int, float] | None = None) -> Array:
+    """A queue with one server, by Lindley's recursion: the time in s of each request, from arrival to answer."""
+    free, times = 0.0, []
+    for number, arrival in enumerate(arrivals.tolist()):
+        free = max(free, arrival) + (stalls or {}).get(number, seconds)
+        times.append(free - arrival)
+    return np.array(times)
 
 
 def test_a_waiting_client_asks_as_often_as_it_is_answered(clock: Clock):
-    """50 ms a slice: requests of 20 ms begin at 0, 20 and 40 ms."""
-    service = served(Sleeping(0.02, sleep=clock.sleep), Traffic(None, 1, 0.05 * SLICES))
-    assert service.requests == 3 * SLICES
+    """Requests of 20 ms: 50 a second, whatever the slices are."""
+    service = served(Sleeping(0.02, sleep=clock.sleep), Traffic(None, 1, 2.0))
+    assert service.requests == pytest.approx(100, abs=1)
     assert service.rate == pytest.approx(50)
-    assert service.percentiles == pytest.approx({"p50": 20, "p90": 20, "p99": 20, "p99.9": 20})
+    assert service.percentiles == pytest.approx({"p50": 20, "p90": 20})
+    assert (service.queues, service.waiting, service.overloaded) == ((), 0, False)
 
 
-def test_a_waiting_client_asks_once_on_no_time(clock: Clock):
-    assert served(Sleeping(0.02, sleep=clock.sleep), Traffic(None, 1, 0)).requests == SLICES
+def test_a_waiting_client_that_overruns_a_slice_has_less_of_the_next(clock: Clock):
+    """Requests of 0.7 s in slices of half a second: six take 4.2 s, within a tenth of twelve would not be eight."""
+    service = served(Sleeping(0.7, sleep=clock.sleep), Traffic(None, 1, 0.5 * SLICES))
+    assert service.requests == 6
+    assert service.seconds == pytest.approx(4.2)
 
 
 def test_percentiles_are_in_milliseconds_and_of_all_slices(clock: Clock):
-    """A hundred requests in each of two slices; those of the other two take three times as long."""
-    stalls = dict.fromkeys(range(WARMUP + 200, WARMUP + 500), 0.003)
-    percentiles = served(Sleeping(0.001, stalls, sleep=clock.sleep), Traffic(None, 1, 0.0995 * SLICES)).percentiles
-    assert percentiles == pytest.approx({"p50": 1, "p90": 3, "p99": 3, "p99.9": 3})
+    """The first 300 of 400 requests take 1 ms, and the others three times as long."""
+    stalls = dict.fromkeys(range(WARMUP + 300, WARMUP + 1000), 0.003)
+    percentiles = served(Sleeping(0.001, stalls, sleep=clock.sleep), Traffic(None, 1, 0.6)).percentiles
+    assert percentiles == pytest.approx({"p50": 1, "p90": 3})
+
+
+@pytest.mark.parametrize(
+    ("requests", "told"),
+    [
+        (2 * BEYOND - 1, []),
+        (2 * BEYOND, ["p50"]),
+        (10 * BEYOND - 1, ["p50"]),
+        (10 * BEYOND, ["p50", "p90"]),
+        (100 * BEYOND, ["p50", "p90", "p99"]),
+        (1000 * BEYOND - 1, ["p50", "p90", "p99"]),
+        (1000 * BEYOND, ["p50", "p90", "p99", "p99.9"]),
+    ],
+)
+def test_percentiles_are_told_where_enough_requests_lie_beyond_them(requests: int, told: list[str]):
+    times = np.arange(requests) / 1e3
+    assert list(carried(times)) == told
+    for value in carried(times).values():
+        assert (times * 1e3 > value).sum() >= BEYOND - 1
 
 
 def test_more_clients_are_answered_side_by_side():
-    one, four = (served(Sleeping(0.02), Traffic(None, workers, 0.5)) for workers in (1, 4))
-    assert one.requests * 1.5 < four.requests <= 4 * (25 + SLICES)
+    one, four = (served(Sleeping(0.02), Traffic(None, workers, 0.8)) for workers in (1, 4))
+    assert one.requests * 1.5 < four.requests <= 4 * 41
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_request_longer_than_the_time_is_answered_once_a_client_and_slice(workers: int):
+def test_a_request_longer_than_the_time_is_answered_once_a_client(workers: int):
     session = Sleeping(0.03)
     service = served(session, Traffic(None, workers, 0.004))
-    assert service.requests == workers * SLICES == session.runs - WARMUP
+    assert service.requests == workers == session.runs - WARMUP
     assert service.rate < workers / 0.03
 
 
-def late(times: Array) -> int:
-    """Requests that took longer than 100 ms."""
-    return int((times > 0.1).sum())
+def test_a_stall_is_met_by_one_waiting_client_and_by_everyone_who_comes_meanwhile(clock: Clock):
+    """At 100 requests a second 100 come in a second, which a closed loop omits; the queue simulation knows them all."""
+    stall = {WARMUP + 200: 1.0}
+    traffic = Traffic(100, 1, 12.0)
+    opened = served(Sleeping(0.001, stall, sleep=clock.sleep), traffic)
+    expected = simulated(arrivals_of(traffic), 0.001, {200: 1.0})
+    assert opened.requests == len(expected)
+    for name, share in (("p50", 50), ("p90", 90), ("p99", 99)):
+        assert opened.percentiles[name] == pytest.approx(float(np.percentile(expected, share)) * 1e3)
+    assert opened.percentiles["p99"] > 700
+    closed = served(Sleeping(0.001, stall, sleep=clock.sleep), Traffic(None, 1, 12.0))
+    assert closed.percentiles["p99"] == pytest.approx(1)
 
 
-def test_a_stall_of_200_ms_is_met_by_one_waiting_client_and_by_everyone_who_comes_meanwhile(clock: Clock):
-    """At 100 requests a second 20 come in it, of which half wait for longer than 100 ms: what a closed loop omits."""
-    closed = times_of(Sleeping(0.001, {50: 0.2}, sleep=clock.sleep), Traffic(None, 1, 4.0))
-    assert (late(closed), closed.max()) == (1, pytest.approx(0.2))
-    opened = times_of(Sleeping(0.001, {50: 0.2}, sleep=clock.sleep), Traffic(100, 1, 4.0))
-    arrivals = poisson(100, 4.0 / SLICES, np.random.default_rng((0, 0)))
-    began = arrivals[50] + opened[50] - 0.2
-    meanwhile = (arrivals > began) & (arrivals < began + 0.2)
-    assert 10 <= meanwhile.sum() <= 32
-    assert (opened[meanwhile] >= began + 0.2 - arrivals[meanwhile]).all()
-    assert late(opened) >= ((arrivals > began) & (arrivals < began + 0.1)).sum() >= 4
+@pytest.mark.parametrize("number", [20, 200, 700, 1100])
+def test_a_stall_of_a_second_is_no_overload_wherever_it_comes(clock: Clock, number: int):
+    """At a tenth of what the engine can do; its queue is carried over from the slice that it comes in."""
+    traffic = Traffic(100, 1, 12.0)
+    service = served(Sleeping(0.001, {WARMUP + number: 1.0}, sleep=clock.sleep), traffic)
+    assert not service.overloaded
+    expected = simulated(arrivals_of(traffic), 0.001, {number: 1.0})
+    assert service.requests + service.waiting == len(expected)
+    assert service.percentiles["p90"] == pytest.approx(float(np.percentile(expected, 90)) * 1e3)
+
+
+def test_a_queue_is_carried_over_to_the_next_slice_and_told(clock: Clock):
+    """The stall begins half a second before the first slice of a second and a half ends."""
+    traffic = Traffic(100, 1, 12.0)
+    number = int(np.searchsorted(arrivals_of(traffic), 1.0))
+    service = served(Sleeping(0.001, {WARMUP + number: 1.0}, sleep=clock.sleep), traffic)
+    arrivals = arrivals_of(traffic)
+    ends = arrivals[number] + 1.0  # when the stalled request is answered, which is when the slice ends
+    assert service.queues[0] == ((arrivals > arrivals[number]) & (arrivals <= ends)).sum() > 80
+    assert service.queues[1] < 5
+    assert service.waiting == 0
+
+
+def test_what_is_left_at_the_end_counts_with_the_time_it_waited(clock: Clock):
+    """The last requests meet a stall that is longer than the overtime."""
+    traffic = Traffic(100, 1, 8.0)
+    number = int(np.searchsorted(arrivals_of(traffic), 6.5))
+    service = served(Sleeping(0.001, {WARMUP + number: 9.0}, sleep=clock.sleep), traffic)
+    assert not service.overloaded
+    assert service.waiting == len(arrivals_of(traffic)) - number - 1 > 100
+    assert service.percentiles["p90"] > 7500  # the stalled one, and those that waited for it
+
+
+@pytest.mark.parametrize("times", [1.2, 2, 16])
+def test_an_overload_is_told_as_it_is_and_ends_in_time(clock: Clock, times: float):
+    """A session of 10 ms under more than a hundred requests a second, beside the queue simulation."""
+    traffic = Traffic(100 * times, 1, 10.0)
+    service = served(Sleeping(0.01, sleep=clock.sleep), traffic)
+    assert service.overloaded
+    assert service.percentiles == {}
+    assert service.rate == pytest.approx(100, rel=0.03)
+    assert 10 <= service.seconds <= 10 * (1 + OVERTIME)
+    arrivals = arrivals_of(traffic)
+    answered = int((arrivals + simulated(arrivals, 0.01) <= service.seconds + 1e-9).sum())
+    assert (service.arrived, service.requests) == (len(arrivals), answered)
+    assert service.waiting == len(arrivals) - answered
+    assert service.queues[0] < service.queues[3] < service.queues[-1]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_what_can_be_answered_is_no_overload(clock: Clock, share: float, seed: int):
+    traffic = Traffic(100 * share, 1, 10.0, seed)
+    service = served(Sleeping(0.01, sleep=clock.sleep), traffic)
+    assert not service.overloaded
+    assert service.seconds <= 10 * (1 + OVERTIME)
+    expected = simulated(arrivals_of(traffic), 0.01)
+    assert service.percentiles["p50"] == pytest.approx(float(np.percentile(expected, 50)) * 1e3)
+
+
+def test_an_overload_of_slow_answers_ends_in_time(clock: Clock):
+    """60 a second at 0.27 s each, for six seconds: what took three minutes to be answered."""
+    service = served(Sleeping(0.27, sleep=clock.sleep), Traffic(60, 1, 6.0))
+    assert service.overloaded
+    assert service.seconds <= 6 * (1 + OVERTIME)
+    assert service.rate == pytest.approx(1 / 0.27, rel=0.01)
 
 
 def test_a_request_that_finds_a_free_worker_takes_what_the_engine_takes(clock: Clock):
-    times = times_of(Sleeping(1e-6, sleep=clock.sleep), Traffic(10, 1, 20))
-    assert times == pytest.approx(np.full(len(times), 1e-6), rel=1e-3)
-
-
-def test_at_more_than_it_can_answer_times_grow_without_end(clock: Clock):
-    """Five times as much as a session of 10 ms can answer: the n-th is answered 10 n ms after the first came."""
-    times = times_of(Sleeping(0.01, sleep=clock.sleep), Traffic(500, 1, 0.8))
-    arrivals = poisson(500, 0.8 / SLICES, np.random.default_rng((0, 0)))
-    assert len(times) == len(arrivals) > 50
-    assert times + arrivals == pytest.approx(arrivals[0] + 0.01 * np.arange(1, len(times) + 1))
-    assert served(Sleeping(0.01, sleep=clock.sleep), Traffic(500, 1, 0.8)).rate == pytest.approx(100, rel=0.1)
+    service = served(Sleeping(1e-6, sleep=clock.sleep), Traffic(10, 1, 20))
+    assert service.percentiles == pytest.approx({"p50": 1e-3, "p90": 1e-3}, rel=1e-3)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_every_arrival_is_answered_once_by_one_of_the_workers(workers: int):
-    traffic, session = Traffic(300, workers, 0.8, seed=1), Sleeping(0.001)
-    expected = sum(len(poisson(300, 0.8 / SLICES, np.random.default_rng((1, turn)))) for turn in range(SLICES))
-    assert served(session, traffic).requests == expected == session.runs - WARMUP
+    traffic, session = Traffic(100, workers, 1.6, seed=1), Sleeping(0.001)
+    assert served(session, traffic).requests == len(arrivals_of(traffic)) == session.runs - WARMUP
 
 
 def test_workers_answer_at_the_same_time():
     """A stall of one leaves the others at work."""
-    few, many = (late(times_of(Sleeping(0, {3: 0.4}), Traffic(100, workers, 4.0))) for workers in (8, 1))
-    assert few < many
+    few, many = (served(Sleeping(0, {WARMUP + 3: 0.4}), Traffic(100, workers, 2.0)) for workers in (8, 1))
+    assert few.percentiles["p90"] < 100 < many.percentiles["p90"]
 
 
-def test_no_request_is_answered_before_it_arrives():
-    session, traffic = Sleeping(), Traffic(50, 4, 1.6, seed=2)
-    times, seconds = _slice(session, run, traffic, 0)
-    assert times.min() > 0
-    assert seconds >= poisson(50, 0.4, np.random.default_rng((2, 0)))[-1]
-
-
-def test_every_arm_is_under_the_same_traffic_in_turns():
+def test_every_arm_is_under_the_same_traffic_in_turns_of_shuffled_order():
     steps: list[str] = []
     base, merged = Sleeping(), Sleeping()
     services = serve(
-        [Arm("base", lambda: base), Arm("merged", lambda: merged)], run, Traffic(100, 2, 0.4), steps.append
+        [Arm("base", lambda: base), Arm("merged", lambda: merged)], run, Traffic(100, 2, 0.8), steps.append
     )
     assert [service.arm for service in services] == ["base", "merged"]
     assert services[0].requests == services[1].requests == base.runs - WARMUP == merged.runs - WARMUP
-    assert steps == [f"{arm}, {turn} of {SLICES}" for turn in range(1, SLICES + 1) for arm in ("base", "merged")]
+    turns = [steps[start : start + 2] for start in range(0, len(steps), 2)]
+    for number, turn in enumerate(turns, 1):
+        assert set(turn) == {f"base, {number} of {SLICES}", f"merged, {number} of {SLICES}"}
+    assert len({turn[0].split(",")[0] for turn in turns}) == 2
     assert base.closed
     assert merged.closed
+
+
+@pytest.mark.parametrize("rate", [None, 100.0])
+def test_the_second_arm_has_an_interval_beside_the_first_over_the_slices(clock: Clock, rate: float | None):
+    base, merged = Sleeping(1e-3, sleep=clock.sleep), Sleeping(1.02e-3, sleep=clock.sleep)
+    arms = [Arm("base", lambda: base), Arm("merged", lambda: merged)]
+    first, second = serve(arms, run, Traffic(rate, 1, 8.0))
+    assert first.ratio is None
+    assert second.ratio is not None
+    assert second.ratio.low <= 1.02 * 1.0001
+    assert second.ratio.high >= 1.02 * 0.9999
+    assert second.ratio.median == pytest.approx(1.02, rel=0.01)
+
+
+def test_too_few_requests_have_no_interval(clock: Clock):
+    """Four of eight slices have one: that bounds nothing at the declared error."""
+    arms = [Arm(name, lambda: Sleeping(0.01, sleep=clock.sleep)) for name in ("base", "merged")]
+    assert serve(arms, run, Traffic(0.25, 1, 8.0))[1].ratio is None
+
+
+def test_an_overloaded_arm_has_no_interval(clock: Clock):
+    arms = [Arm(name, lambda: Sleeping(0.01, sleep=clock.sleep)) for name in ("base", "merged")]
+    first, second = serve(arms, run, Traffic(1600, 1, 8.0))
+    assert (first.overloaded, second.overloaded, second.ratio) == (True, True, None)
 
 
 @pytest.mark.parametrize("rate", [None, 200.0])
