@@ -172,7 +172,7 @@ def test_a_tasks_latency_is_measured_with_the_devices_own_times(built: Path, fla
     build_unadapted(built, "first", Asked(flavour, BuildOptions()))
     part, load = task_part(open_bundle(built), "first"), Load(1, 16)
     with opener(flavour, 1) as opens:
-        arms = arms_of(task_part(part, opens), ["adapter-h"])
+        arms = arms_of(part, opens, ["adapter-h"])
         [report] = run(part, arms, [load], Protocol(5.0), 1)
     [point] = report.points
     assert (

@@ -92,7 +92,7 @@ def test_the_runner_refuses_values_that_leave_a_weight_random(tiny_bundle: Bundl
     values = merged_values(part)
     del values["bert.pooler.dense.weight"]
     with pytest.raises(AssertionError, match=r"no values for weights of the graph: \['bert\.pooler\.dense\.weight'\]"):
-        torch_runner(task_part(part, values))
+        torch_runner(part, values)
 
 
 def test_the_runner_needs_nothing_but_the_bundle(tiny_bundle: Bundle, tmp_path: Path, token_ids):

@@ -73,7 +73,7 @@ def test_builds_for_every_target_and_holds_the_merged_weights_alone(case: Case):
     changed = [name for name in merged if name in unadapted and merged[name].ndim == 2]
     assert changed
     for name in changed:
-        ours, bases = (in_graph_order(task_part(part, {name: values[name]}))[name] for values in (merged, unadapted))
+        ours, bases = (in_graph_order(part, {name: values[name]})[name] for values in (merged, unadapted))
         assert (found(ours, plan), found(bases, plan)) == (1, 0), name
         assert (found(ours, base), found(bases, base)) == (0, 1), name
     differing = (np.frombuffer(plan, np.uint8) != np.frombuffer(base, np.uint8)).sum()
