@@ -24,7 +24,7 @@ from lora.progress import Progress, unheard
 Work = Callable[[Session], object]  # what is timed: one run, or a generation of several
 
 # Runs of a fresh session before it is timed; fewer where so many seconds are over, one at least.
-WARMUP, WARM_SECONDS = 5, 1.5
+WARMUP, WARM_SECONDS = 5, 0.5
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,11 @@ def best_rounds(sets: Sequence[Summary], costs: Costs, budget: float) -> int:
     """Rounds for the next set.
 
     Before the variances can be told, as many as take the time of opening; and never more than twice as many as in the
-    longest set so far, for variances of few sets are rough.
+    longest set so far, for variances of few sets are rough. Where opening leaves too little of the budget for its
+    fewest sets, timing may still take as long as that.
     """
-    most = min(MOST_ROUNDS, (budget / FEWEST_SETS - costs.opening) / costs.round)
+    room = max(budget / FEWEST_SETS - costs.opening, costs.opening)
+    most = min(MOST_ROUNDS, room / costs.round)
     wanted = costs.opening / costs.round
     if len(sets) >= ENOUGH_TO_TELL:
         within, between = variances(sets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
+PHONE, DESK = {"width": 400, "height": 740}, {"width": 1280, "height": 900}
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -62,7 +63,9 @@ def seen(request: pytest.FixtureRequest, browser: Any, tmp_path: Path) -> Iterat
     size, scheme = request.param
     long_name = "a-name-that-goes-on-and-on-without-any-place-to-break-it"
     made = report(
-        point(),
+        replace(
+            point(cpu=True), help="CPU time decides here: --clock cpu", instructions={"base": 10**9, MERGED: 10**9}
+        ),
         point({**RATIOS, MERGED: 1.05, long_name: 1.2}, load=Load(32, 512, tokens=64)),
         left_out={"unmerged": f"'{long_name}' has none"},
     )
@@ -112,6 +115,7 @@ def test_every_text_stands_out_and_is_large_enough(seen: tuple[Any, list[str], l
         "td",
         "dt",
         "dd",
+        "caption",
     ):
         for element in opened.locator(selector).all():
             assert element.evaluate(CONTRAST) >= 4.5, (selector, element.inner_text())
@@ -130,4 +134,6 @@ def test_marks_are_drawn(seen: tuple[Any, list[str], list[str]]):
     opened, _, _ = seen
     for plot in opened.locator(".plot svg").all():
         assert plot.bounding_box()["width"] > 250
-    assert opened.locator(".interval").count() == len(RATIOS) - 1 + len(RATIOS)
+    # Of two loads, the first by both clocks: every arm but the base; one arm more in the second; and each load's answer.
+    assert opened.locator(".interval").count() == 2 * (len(RATIOS) - 1) + len(RATIOS) + 2
+    assert opened.locator(".interval.cpu").count() == len(RATIOS)

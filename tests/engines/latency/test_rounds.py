@@ -51,7 +51,12 @@ def test_before_variances_can_be_told_rounds_take_as_long_as_opening():
 def test_rounds_at_most_double_and_are_never_fewer_than_the_least():
     assert best_rounds(sets_of(0.1, 0.0, 12, sets=4), COSTS, LONG) <= 24
     assert best_rounds(sets_of(0.001, 0.5, 20), COSTS, LONG) == LEAST_ROUNDS
-    assert best_rounds([], COSTS, 0.0) == LEAST_ROUNDS
+    assert best_rounds([], Costs(opening=1.0, round=1.0), 0.0) == LEAST_ROUNDS
+
+
+def test_sessions_that_take_long_to_open_are_timed_for_as_long():
+    alike = [Summary(60, np.zeros(2), np.full(2, 0.01))] * 12
+    assert best_rounds(alike, COSTS, FEWEST_SETS * COSTS.opening / 2) == 20
 
 
 def test_outliers_do_not_move_the_variances():
