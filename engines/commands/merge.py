@@ -176,6 +176,9 @@ def _print_written(written: Written) -> None:
     if written.untied:
         said = ", and config.json says so" if written.flagged else "; all are stored, so they are not tied on loading"
         print(f"tensors that the base ties (its embeddings) now differ{said}")
+    if written.missing:
+        listed = ", ".join(written.missing[:3]) + (" …" if len(written.missing) > 3 else "")
+        print(f"neither the base nor the adapter has values for {listed}: they are random whenever the model is loaded")
     warned = sum(survival.warns for survival in written.survivals)
     if warned:
         print(

@@ -147,6 +147,8 @@ CALLED_OTHERWISE = frozenset(one.stem for one in ARCHITECTURES.values() if one.p
 
 def written_down(config: Mapping[str, Any], tensors: Mapping[str, Array], wanted: ModelClass) -> BaseStructure | None:
     """The structure of a base with this configuration and these stored tensors; None where nothing is written down."""
+    if "_class_name" in config:
+        return _of_diffusers(str(config["_class_name"]), tensors)
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
     if architecture is None or config.get("auto_map"):  # auto_map: a class of the base's own
         return None
@@ -172,6 +174,18 @@ def written_down(config: Mapping[str, Any], tensors: Mapping[str, Array], wanted
             prefix=architecture.prefix,
         )
     )
+
+
+def _of_diffusers(model: str, tensors: Mapping[str, Array]) -> BaseStructure:
+    """A part of a diffusers pipeline: named on the disk as in the module, nothing tied, no matrix stored (in, out) but
+    an embedding's.
+    """
+    parameters = {}
+    for name in tensors:
+        shape, last = shape_of(tensors, name), name.split(".")[-2:][0]
+        kind: Kind = "convolution" if len(shape) > 2 else "unknown" if last.endswith("embedding") else "linear"
+        parameters[name] = Parameter(kind, shape, (Piece(name),))
+    return with_aliases(BaseStructure(model, parameters))
 
 
 def _tied(architecture: Architecture, config: Mapping[str, Any], model: str) -> tuple[tuple[str, ...], ...]:

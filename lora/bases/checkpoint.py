@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from lora.errors import CheckpointError
 from lora.files.tensorfile import Array, Span, TensorFile, file_sha256
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# The same of a part of a diffusers pipeline; and the file that lists the parts.
+OF_DIFFUSERS = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+PIPELINE = "model_index.json"
 # The output embedding of transformers' language models, and the names of the input embedding that it may be tied to.
 OUTPUT_EMBEDDING = "lm_head.weight"
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
@@ -59,13 +62,25 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, in a fixed order."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected a checkpoint with config.json and {SINGLE}")
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
+    for single, index in ((SINGLE, INDEX), OF_DIFFUSERS):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            return [folder / name for name in _shard_names(folder / index)]
+    if (folder / PIPELINE).is_file():
+        parts = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         raise CheckpointError(
-            f"{folder}: neither {SINGLE} nor {INDEX}; save the base with save_pretrained(safe_serialization=True)"
+            f"{folder}: a diffusers pipeline of several models; give the folder of the one that the adapter is for:"
+            f" {', '.join(str(folder / part) for part in parts)}"
         )
-    return [folder / name for name in _shard_names(folder / INDEX)]
+    raise CheckpointError(
+        f"{folder}: neither {SINGLE} nor {INDEX}; save the base with save_pretrained(safe_serialization=True)"
+    )
+
+
+def index_beside(names: Iterable[str]) -> str:
+    """What the index of these weights' files is called."""
+    return OF_DIFFUSERS[1] if any(name.startswith("diffusion_") for name in names) else INDEX
 
 
 def read_config(folder: Path) -> dict[str, Any]:

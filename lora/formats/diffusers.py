@@ -12,20 +12,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora.adapter import Adapter, Change
+from lora.adapter import Adapter, Change, LowRank
 from lora.errors import AdapterError
 from lora.formats.components import choose
 from lora.formats.factors import Factors, identity, open_factors
+from lora.formats.original_names import of_flux
 from lora.formats.peft import LINEAR_A, LINEAR_B, MAGNITUDE, peft_changes
 from lora.formats.peft_config import PeftConfig, parse_config
 
 WEIGHTS, PICKLE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 METADATA = "lora_adapter_metadata"
 ALPHA = ".alpha"
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+# The last is ComfyUI's and ai-toolkit's name for the pipeline's one diffusion model.
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "diffusion_model")
 COMPONENT = re.compile(rf"({'|'.join(COMPONENTS)})\.")
+# Flux' own file has no component: its modules' names are those of the authors.
+OF_FLUX = re.compile(r"(double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\.")
 # diffusers 0.18 to 0.2x; still written by its training scripts. The text encoders have the second.
-SPELLED_DOWN_UP = re.compile(r"\.(?:lora|lora_linear_layer)\.(down|up)\.weight$")
+SPELLED_DOWN_UP = re.compile(r"\.(?:lora\.|lora_linear_layer\.|lora_)(down|up)\.weight$")
 # Before, the factors belonged to the attention's processor and not to its layers.
 OF_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 OF_TEXT_PROCESSOR = re.compile(r"\.to_(q|k|v|out)_lora\.")
@@ -52,8 +56,17 @@ def read_diffusers(path: Path, component: str | None = None) -> Adapter:
         format="diffusers",
         files=(file,),
         sha256=identity((file,)),
-        changes=peft_changes(ours, config, "") if config else _changes(ours),
+        changes=_in_diffusers_names(file, peft_changes(ours, config, "") if config else _changes(ours)),
         skipped=tuple(sorted(present - {chosen})),
+    )
+
+
+def _in_diffusers_names(path: Path, changes: tuple[Change, ...]) -> tuple[Change, ...]:
+    """The authors' names of Flux' modules in diffusers' names; others stay."""
+    return tuple(
+        part
+        for change in changes
+        for part in (of_flux(change, path, flattened=False) if isinstance(change, LowRank) else (change,))
     )
 
 
@@ -63,6 +76,8 @@ def _weights(folder: Path) -> Path:
 
 def _component(path: Path, key: str) -> str:
     match = COMPONENT.match(key)
+    if match is None and OF_FLUX.match(key):
+        return "transformer"
     if match is None:
         raise AdapterError(
             f"{path}: tensor '{key}' belongs to no component; expected {', '.join(f'{name}.' for name in COMPONENTS)}"

@@ -37,6 +37,10 @@ class Factors:
         """``key`` as the file spells it."""
         return self._spelled.get(key, key)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of the tensor ``key``."""
+        return tuple(self._tensors[key].shape)
+
     def left(self) -> list[str]:
         """The keys that nobody has taken yet, in order."""
         return sorted(self._left)

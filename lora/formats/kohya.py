@@ -7,12 +7,14 @@ module, and 1 without alpha. Format: https://github.com/kohya-ss/sd-scripts (net
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from lora.adapter import Adapter, LowRank
 from lora.errors import AdapterError
 from lora.formats.components import choose
 from lora.formats.factors import Factors, identity, open_factors
+from lora.formats.original_names import of_flux, of_sdxl
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 COMPONENT = re.compile(r"lora_(unet|transformer|te[123]?)_")
@@ -74,6 +76,7 @@ def _changes(factors: Factors) -> tuple[LowRank, ...]:
                     " convert the adapter to plain LoRA"
                 )
     modules = [key.removesuffix(DOWN) for key in factors.names() if key.endswith(DOWN)]
-    changes = tuple(factors.take_low_rank(module, module + DOWN, module + UP, module + ALPHA) for module in modules)
+    changes = [factors.take_low_rank(module, module + DOWN, module + UP, module + ALPHA) for module in modules]
     factors.done()
-    return changes
+    renamed = [replace(change, module=of_sdxl(change.module)) for change in changes]
+    return tuple(part for change in renamed for part in of_flux(change, factors.path, flattened=True))

@@ -7,6 +7,7 @@ and biases stand under ``base_model.model.<parameter>``. ``base_layer`` in a pat
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -26,7 +27,7 @@ SLOTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|m
 # The name of an adapter within a key, which PEFT leaves out when it saves.
 ADAPTER_NAME = re.compile(rf"\.(?P<slot>{SLOTS})\.(?P<name>(?!weight$|bias$)[^.]+)(?=\.|$)")
 # PEFT saves these whole when the vocabulary was resized, whether or not modules_to_save names them.
-EMBEDDINGS = ("embed_tokens", "lm_head")
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "tok_embeddings")
 
 
 def read_peft(folder: Path) -> Adapter:
@@ -114,16 +115,9 @@ def _linear(factors: Factors, config: PeftConfig, prefix: str, path: str) -> lis
     """A linear or convolutional layer, an attention's input projection, or a stack of experts; with lora_B's bias, if
     any.
     """
-    module, parameters = _unwrapped(path), _bare_parameters(path, config)
+    module, parameters = _unwrapped(path), _bare_parameters(factors, config, prefix, path)
     lookup = f"{module}.{parameters[0]}" if parameters else module
     rank, scaling = config.rank(lookup), config.scaling(lookup)
-    if {(config.rank(name), config.scaling(name)) for name in (f"{module}.{parameter}" for parameter in parameters)} - {
-        (rank, scaling)
-    }:
-        raise AdapterError(
-            f"{factors.path}: the parameters {', '.join(parameters)} of '{module}' differ in rank or alpha, and the"
-            " file does not say whose a tensor is"
-        )
     a, b = factors.take_pair(prefix + path + LINEAR_A, prefix + path + LINEAR_B, None if parameters else rank, module)
     layout: Layout = (
         "experts" if parameters else "conv" if a.ndim > 2 else "transposed" if config.fan_in_fan_out else "linear"
@@ -163,24 +157,60 @@ def _tokens(factors: Factors, config: PeftConfig, prefix: str, path: str) -> Row
     return Rows(module, rows, values)
 
 
-def _bare_parameters(path: str, config: PeftConfig) -> tuple[str, ...]:
+def _bare_parameters(factors: Factors, config: PeftConfig, prefix: str, path: str) -> tuple[str, ...]:
     """The parameters of this module that ``target_parameters`` names; which of several a tensor is for, its shape
-    tells.
+    tells, and where their ranks differ, those.
     """
     module = _unwrapped(path)
-    named = (target.rpartition(".") for target in config.target_parameters or ())
-    return tuple(parameter for owner, _, parameter in named if f".{module}".endswith(f".{owner}"))
+    named = [target.rpartition(".") for target in config.target_parameters or ()]
+    parameters = tuple(name for owner, _, name in named if owner and f".{module}".endswith(f".{owner}"))
+    if not parameters and not config.targets(module):
+        parameters = tuple(name for owner, _, name in named if not owner)
+    if len({_rank_and_scaling(config, module, parameter) for parameter in parameters}) < 2:
+        return parameters
+    return _by_rank(factors, config, prefix, path, parameters)
+
+
+def _rank_and_scaling(config: PeftConfig, module: str, parameter: str) -> tuple[int, float]:
+    lookup = f"{module}.{parameter}"
+    return config.rank(lookup), config.scaling(lookup)
+
+
+def _by_rank(
+    factors: Factors, config: PeftConfig, prefix: str, path: str, parameters: tuple[str, ...]
+) -> tuple[str, ...]:
+    """A has rank times experts rows, and all of a module's parameters have as many experts: that tells whose each is.
+
+    Raises AdapterError where more than one reading is left.
+    """
+    module = _unwrapped(path)
+    keys = [key for key in factors.names() if key.endswith(LINEAR_A)]
+    paths = [key.removeprefix(prefix).removesuffix(LINEAR_A) for key in keys]
+    rows = {one: factors.shape(key)[0] for one, key in zip(paths, keys, strict=True) if _unwrapped(one) == module}
+    readings = set()
+    for order in itertools.permutations(parameters, len(rows)):
+        ranks = [config.rank(f"{module}.{parameter}") for parameter in order]
+        experts = {size / rank for size, rank in zip(rows.values(), ranks, strict=True)}
+        if len(experts) == 1 and next(iter(experts)).is_integer():
+            readings.add(order[list(rows).index(path)])
+    if len({_rank_and_scaling(config, module, parameter) for parameter in readings}) != 1:
+        raise AdapterError(
+            f"{factors.path}: the parameters {', '.join(parameters)} of '{module}' differ in rank or alpha, and the"
+            " file does not say whose a tensor is"
+        )
+    return tuple(sorted(readings, key=parameters.index))
 
 
 def _is_saved(name: str, config: PeftConfig) -> bool:
     """A tensor of ``modules_to_save`` (named by its path or a suffix of it), a saved bias, or a saved embedding."""
-    if any(f".{module}." in f".{name}" for module in config.modules_to_save or ()):
+    if any(f"{module}." in name for module in config.modules_to_save or ()):  # PEFT asks for the path's end only
         return True
     if config.bias != "none" and name.endswith(".bias"):
         return not name.endswith(LINEAR_BIAS)
-    return (
-        name.endswith(f"{WRAPPER}.weight") or _unwrapped(name).removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
-    )
+    module, _, parameter = name.rpartition(".")
+    if parameter not in ("weight", "bias") or ".lora_" in name:
+        return False
+    return module.endswith(WRAPPER) or _unwrapped(module).rpartition(".")[2] in EMBEDDINGS
 
 
 def _unwrapped(path: str) -> str:

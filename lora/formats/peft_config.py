@@ -35,7 +35,6 @@ WITHOUT_EFFECT = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_modules",
     }
 )
 # What trainers add to say how they trained: Unsloth's own fields, ms-swift's, LoRA+'s learning rates.
@@ -79,6 +78,13 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     alpha_pattern: dict[str, float] | None = None
     init_lora_weights: bool | str | None = True
     auto_mapping: dict[str, Any] | None = None
+    target_modules: list[str] | str | None = None
+
+    def targets(self, module: str) -> bool:
+        """Whether ``target_modules`` names the module at this path."""
+        if isinstance(self.target_modules, str):
+            return bool(_matches(self.target_modules, module))
+        return any(f".{module}".endswith(f".{target}") for target in self.target_modules or ())
 
     @property
     def model_class(self) -> str | None:
@@ -129,7 +135,7 @@ class MethodConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_saved(self, name: str) -> bool:
         """A tensor of ``modules_to_save``, or a saved bias."""
-        saved = any(f".{module}." in f".{name}" for module in self.modules_to_save or ())
+        saved = any(f"{module}." in name for module in self.modules_to_save or ())
         return saved or (self.bias != "none" and name.endswith(".bias"))
 
 
@@ -242,15 +248,18 @@ def _by_pattern(patterns: dict[str, Number], module: str, default: Number) -> Nu
 
     A pattern of a stranger may take forever.
     """
+    matches = (value for pattern, value in patterns.items() if _matches(rf"(.*\.)?({pattern})", module))
+    return next(matches, default)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a stranger's pattern matches the whole path. Raises AdapterError where it takes forever."""
     try:
-        matches = (
-            value
-            for pattern, value in patterns.items()
-            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=MATCH_SECONDS)
-        )
-        return next(matches, default)
+        return regex.fullmatch(pattern, module, timeout=MATCH_SECONDS) is not None
+    except regex.error:
+        return False
     except TimeoutError as error:
         raise AdapterError(
-            f"a pattern of rank_pattern or alpha_pattern takes longer than {MATCH_SECONDS:g} s to match with"
-            f" '{module}'; write it without nested repetition"
+            f"a pattern of rank_pattern, alpha_pattern or target_modules takes longer than {MATCH_SECONDS:g} s to match"
+            f" with '{module}'; write it without nested repetition"
         ) from error

@@ -21,7 +21,8 @@ _COMPONENT = diffusers.COMPONENT.pattern
 KEYS: dict[Format, re.Pattern[str]] = {
     "PEFT": re.compile(r"base_model\.model\."),
     "diffusers": re.compile(
-        rf"{_COMPONENT}.*(\.lora_[AB]\.weight|\.(lora|lora_linear_layer|to_\w+_lora)\.(down|up)\.weight)$"
+        rf"({_COMPONENT}|{diffusers.OF_FLUX.pattern}).*"
+        r"(\.lora_[AB]\.weight|\.(lora\.|lora_|lora_linear_layer\.|to_\w+_lora\.)(down|up)\.weight)$"
     ),
     "kohya": re.compile(r"lora_[a-z]+[0-9]*_[^.]*\."),
     "loralib": re.compile(r"(.*\.)?lora_[AB]$"),

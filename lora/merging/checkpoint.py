@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from lora.adapter import Change, Replacement
-from lora.bases.checkpoint import INDEX, SINGLE
+from lora.bases.checkpoint import OF_DIFFUSERS, SINGLE, index_beside
 from lora.bases.opening import Base
+from lora.bases.structure import BaseStructure
 from lora.bases.tensors import BaseTensors
 from lora.errors import CheckpointError
 from lora.files.durable import flush, staging_folder
@@ -50,7 +51,8 @@ class Written:
     """What a merge wrote: by which formula, its changed tensors, what rounding cost each, and whether tensors that the
     base ties now differ (``untied``), which config.json says too where ``flagged``.
 
-    ``skipped`` are the components of the adapters' files that are for other models and were not merged.
+    ``missing`` are the model's parameters for which neither the base nor an adapter has values; ``skipped`` are the
+    components of the adapters' files that are for other models and were not merged.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Written:
     survivals: tuple[Survival, ...]
     untied: bool
     flagged: bool = False
+    missing: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
 
 
@@ -83,7 +86,20 @@ def write_merged(base: Base, targets: Targets, source: object, out: Path, storin
         if not storing.only_changed:
             write_side_files(stage, base, merged_config(base, parted, _loaded_in(storing, report)))
         _flush_and_rename(stage, out)
-    return Written(out, base.formula, tuple(sorted(changed)), tuple(report), parted.parted, parted.flag)
+    names, missing = tuple(sorted(changed)), _without_values(base.structure, parted)
+    return Written(out, base.formula, names, tuple(report), parted.parted, parted.flag, missing)
+
+
+def _without_values(structure: BaseStructure | None, parted: Untying) -> tuple[str, ...]:
+    """What the model has and neither the base nor an adapter brings: loading makes it up, as training did."""
+    if structure is None or not structure.complete:
+        return ()
+    held = {*structure.shared(), *parted.targets}
+    return tuple(
+        name
+        for name, parameter in sorted(structure.parameters.items())
+        if not parameter.stored and not parameter.converted and name not in held
+    )
 
 
 def _loaded_in(storing: Storing, report: Sequence[Survival]) -> str | None:
@@ -196,11 +212,12 @@ def _file_names(base: BaseTensors, parted: Untying, names: list[str]) -> list[st
 
 
 def _write_index(stage: Path, homes: Mapping[str, str]) -> None:
-    if set(homes.values()) == {SINGLE}:
+    files = sorted(set(homes.values()))
+    if files in ([SINGLE], [OF_DIFFUSERS[0]]):
         return
-    total = sum(span.length for file in sorted(set(homes.values())) for span in TensorFile(stage / file).spans.values())
+    total = sum(span.length for file in files for span in TensorFile(stage / file).spans.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-    (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (stage / index_beside(files)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _lazy(values: Array) -> Lazy:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.bases.checkpoint import CONFIG, INDEX, read_config
+from lora.bases.checkpoint import CONFIG, INDEX, OF_DIFFUSERS, read_config
 from lora.bases.opening import Base
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -44,7 +44,7 @@ def _belongs(place: Path, parts: frozenset[str]) -> bool:
         return False
     if len(place.parts) > 1:
         return place.parts[0] in parts or place.suffix not in WEIGHT_SUFFIXES
-    return place.suffix not in WEIGHT_SUFFIXES and place.name not in (INDEX, CONFIG)
+    return place.suffix not in WEIGHT_SUFFIXES and place.name not in (INDEX, OF_DIFFUSERS[1], CONFIG)
 
 
 def _modules(folder: Path) -> frozenset[str]:

@@ -27,6 +27,8 @@ SAVED: Mapping[str, tuple[str, str | None]] = {
 }
 # The heads that classifiers bring, by what PEFT does not know itself.
 IMAGE_HEADS = {"Dinov2": "classifier", "ViT": "classifier", "DeiT": "classifier", "Beit": "classifier"}
+# Layers between the body and the classifier, which are new with it.
+OWN_HEADS = {"DebertaV2": ("pooler", "classifier"), "ModernBert": ("head", "classifier")}
 # PEFT's other methods: its configuration's class, and settings beside the targets.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "LoHaConfig": {"r": 4, "alpha": 8},
@@ -50,9 +52,11 @@ def _of_model(name: str, model: Model) -> Iterator[Case]:
     saved = model.stem + ending
     attention = list(model.attention)
 
-    def case(kind: str, trained: str = saved, call: Inputs = model.call, labels: bool = False, **settings: Any) -> Case:
-        given = {"r": 4, "lora_alpha": 8, "target_modules": attention, "task_type": task, **settings}
-        return Case(f"{name}: {kind}", model.config, saved, trained, call, given, labels=labels)
+    def case(
+        kind: str, trained: str = saved, call: Inputs = model.call, labels: bool = False, base: str = saved, **more: Any
+    ) -> Case:
+        given = {"r": 4, "lora_alpha": 8, "target_modules": attention, "task_type": task, **more}
+        return Case(f"{name}: {kind}", model.config, base, trained, call, given, labels=labels)
 
     yield case("attention")
     yield case("DoRA", use_dora=True)
@@ -72,10 +76,13 @@ def _of_model(name: str, model: Model) -> Iterator[Case]:
         yield case("saved router", modules_to_save=["router" if name == "GptOss" else "gate"])
     classifier = f"{'Gemma3Text' if name == 'Gemma3 text' else model.stem}ForSequenceClassification"
     if model.kind in ("decoder", "encoder") and hasattr(transformers, classifier):
-        yield case("classifier", classifier, labels=True, task_type="SEQ_CLS")
-        if name != "DistilBert":  # PEFT can't train its pre_classifier both whole and by LoRA
-            given: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
-            yield case("classifier, every layer", classifier, labels=True, **given)
+        body = f"{model.stem}Model" if model.kind == "encoder" else saved  # a language model's base has no pooler
+        given: dict[str, Any] = {"task_type": "SEQ_CLS", "labels": True, "base": body}
+        if name in OWN_HEADS:
+            given["modules_to_save"] = list(OWN_HEADS[name])
+        yield case("classifier", classifier, **given)
+        if name != "DistilBert" and name not in OWN_HEADS:  # PEFT can't train one layer both whole and by LoRA
+            yield case("classifier, every layer", classifier, **given | {"target_modules": "all-linear"})
     if model.stem in IMAGE_HEADS:
         yield case("head", labels=False, modules_to_save=[IMAGE_HEADS[model.stem]])
     if model.kind == "clip":

@@ -326,3 +326,14 @@ def test_an_update_of_a_layer_that_has_no_values_is_refused(tmp_path: Path):
             merge(tmp_path / base, tmp_path / "adapter", tmp_path / "out", ask=None)
     with pytest.raises(AdapterError, match="module 'score' has no weight in the base"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_what_neither_the_base_nor_the_adapter_has_is_said(tmp_path: Path):
+    case = CASES["XLMRoberta: classifier"]
+    save_base(case, tmp_path / "base")
+    save_adapter(case, tmp_path / "base", tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    kept = {key: values for key, values in tensors.items() if "classifier.dense" not in key}
+    save_file(kept, tmp_path / "adapter/adapter_model.safetensors")
+    written = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert written.missing == ("classifier.dense.bias", "classifier.dense.weight")
