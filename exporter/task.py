@@ -151,7 +151,7 @@ def add_task(
     read = read_peft(adapter)
     check_base(read, base.sha256)
     heads = _module_heads(existing) or heads_of(read, existing.path / "base", apart=not base.tied)
-    weights = tuple(TensorFile(existing.present(file)) for file in base.weights)
+    weights = tuple(existing.described(file) for file in base.weights)
     graphs = {role: known_graph(existing, role, head, weights) for role, head in heads.items()}
     known = {role: graph for role, graph in graphs.items() if graph is not None}
     if absent := [head for role, head in heads.items() if role not in known]:

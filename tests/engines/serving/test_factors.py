@@ -26,12 +26,12 @@ from engines.latency.arms import arms_of
 from engines.latency.verdict import MERGED
 from exporter.bundle import manifest
 from exporter.bundle.changes import in_graph_order, merged_at_load
-from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest import Bundle, check_sha256, open_bundle
 from exporter.bundle.records import MODEL
 from exporter.bundle.task_part import task_part
 from exporter.task import Request, add_task, export_task
 from lora.errors import BundleError, EngineError
-from lora.files.tensorfile import Array, TensorFile, file_sha256
+from lora.files.tensorfile import Array, TensorFile
 
 
 def run(bundle: Path, task: str, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -199,8 +199,8 @@ def test_loading_merges_with_numpy_alone(stored_both_ways: Path):
 def part(bundle: Bundle, kind: str) -> Path:
     record = bundle.task("factors")
     files = {
-        "graph": record.model,
-        "head": record.weights,
+        "graph": record.parts[MODEL].model,
+        "head": record.parts[MODEL].weights,
         "configuration": record.adapter[0],
         "factors": record.adapter[1],
     }
@@ -242,13 +242,15 @@ def test_the_base_as_it_is_has_no_factors_to_merge(tiny_base: Path, tmp_path: Pa
 
 
 def test_the_merged_arm_of_the_harness_is_merged(stored_both_ways: Path, tokens: dict[str, Array]):
-    arms = arms_of(open_bundle(stored_both_ways), "factors", OnnxRuntimeOpener(1)).arms
+    arms = arms_of(task_part(open_bundle(stored_both_ways), "factors"), OnnxRuntimeOpener(1)).arms
     with next(arm for arm in arms if arm.name == MERGED).open() as session:
         assert_equal_bits(session.run(tokens), run(stored_both_ways, "dense", tokens))
 
 
 def test_the_bases_weights_are_hashed_once_a_load(stored_both_ways: Path, monkeypatch: pytest.MonkeyPatch):
     hashed: list[str] = []
-    monkeypatch.setattr(manifest, "file_sha256", lambda path: hashed.append(path.name) or file_sha256(path))
+    monkeypatch.setattr(
+        manifest, "check_sha256", lambda path, *rest: hashed.append(path.name) or check_sha256(path, *rest)
+    )
     with engines.load(stored_both_ways, "factors", threads=1):
         assert [name for name in hashed if name.startswith("base-") and name.endswith(".safetensors")] == [hashed[0]]

@@ -14,6 +14,7 @@ from engines.backends import NoDeviceError
 from engines.feeds.text import TextEncoder, predictions
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL, encode
+from exporter.bundle.task_part import task_part
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import Array
 
@@ -29,7 +30,11 @@ def file_of(bundle: Path, kind: str) -> Path:
     task = manifest.tasks["first"]
     return (
         bundle
-        / {"base weights": manifest.base.weights[0], "task weights": task.weights, "graph": task.model}[kind].path
+        / {
+            "base weights": manifest.base.weights[0],
+            "task weights": task.parts[MODEL].weights,
+            "graph": task.parts[MODEL].model,
+        }[kind].path
     )
 
 
@@ -46,7 +51,8 @@ def test_outputs_are_those_of_stock_onnxruntime_on_the_file(
 def test_real_task_tells_good_films_from_bad(real_bundle: Bundle):
     record = real_bundle.task("movies")
     inputs = TextEncoder(real_bundle).encode(
-        ["A moving, funny and beautiful film.", "A dull, stupid and boring mess."], real_bundle.graph(record)
+        ["A moving, funny and beautiful film.", "A dull, stupid and boring mess."],
+        task_part(real_bundle, "movies").graph,
     )
     with engines.load(real_bundle.path, "movies", threads=1) as session:
         found = predictions(session.run(inputs)["logits"], record.labels)
@@ -59,7 +65,7 @@ def test_tasks_loaded_together_keep_their_own_weights(real_bundle: Bundle):
     with engines.load(real_bundle.path, "movies") as movies, engines.load(real_bundle.path, "supersense") as supersense:
         for session, name, outputs in ((movies, "movies", 2), (supersense, "supersense", 12), (movies, "movies", 2)):
             record = real_bundle.task(name)
-            logits = session.run(TextEncoder(real_bundle).encode(text, real_bundle.graph(record)))["logits"]
+            logits = session.run(TextEncoder(real_bundle).encode(text, task_part(real_bundle, name).graph))["logits"]
             assert logits.shape == (1, outputs)
             assert predictions(logits, record.labels)[0].label in {"plant", "positive"}
 
@@ -134,8 +140,9 @@ def test_engine_of_another_export_or_version_is_refused_by_name(
     """What a build that ran beside an export leaves behind, and what an update of the library does."""
     manifest = open_bundle(rtx_copy).manifest
     record = manifest.tasks["first"]
-    stale = msgspec.structs.replace(record.engines["tensorrt-rtx"], **change)
-    manifest.tasks["first"] = msgspec.structs.replace(record, engines={"tensorrt-rtx": stale})
+    (engine,) = record.parts[MODEL].engines
+    part = msgspec.structs.replace(record.parts[MODEL], engines=(msgspec.structs.replace(engine, **change),))
+    manifest.tasks["first"] = msgspec.structs.replace(record, parts={MODEL: part})
     (rtx_copy / "manifest.json").write_bytes(encode(manifest))
     command = f"lorafuse build {rtx_copy} --task first --backend tensorrt-rtx"
     with pytest.raises(

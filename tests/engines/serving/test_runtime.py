@@ -18,6 +18,7 @@ from engines.latency.arm_engines import OnnxRuntimeOpener
 from engines.serving.runtime import Mode, Runtime, _InTurns, open_runtime
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL
+from exporter.bundle.task_part import task_part
 from exporter.task import add_task
 from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import Array
@@ -85,7 +86,9 @@ def test_the_base_answers_under_a_tasks_head(runtime: Runtime, bundle: Path, mod
     from engines.latency.arms import arms_of
     from engines.latency.verdict import BASE
 
-    (base,) = [arm for arm in arms_of(open_bundle(bundle), "dense", OnnxRuntimeOpener(1)).arms if arm.name == BASE]
+    (base,) = [
+        arm for arm in arms_of(task_part(open_bundle(bundle), "dense"), OnnxRuntimeOpener(1)).arms if arm.name == BASE
+    ]
     with base.open() as session:
         wanted = session.run(tokens)["logits"]
     found = runtime.run("dense", tokens, adapted=False)["logits"]
