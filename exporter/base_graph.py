@@ -16,7 +16,7 @@ from exporter.bundle.layout import ModelWeights, Order, key, to_graph
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.records import File, Graph, Head, Port, Precision, Weight
 from exporter.bundle.staging import named_by_content
-from exporter.graph.external_data import load_graph
+from exporter.graph.external_data import parsed_file
 from exporter.source import Source
 from lora.adapter import Adapter
 from lora.errors import BundleError, ExportError
@@ -46,7 +46,7 @@ def known_graph(existing: Bundle, role: str, head: Head, weights: tuple[TensorFi
         part = task.parts.get(role)
         if part is not None and existing.manifest.graphs[part.graph].head == head:
             with suppress(BundleError):
-                proto = load_graph(existing.checked(part.model))
+                proto = parsed_file(existing.path / part.model.path, existing.content(part.model))
                 return BaseGraph(existing.manifest.graphs[part.graph], proto, weights, added=(), traced=False)
     return None
 
@@ -83,7 +83,7 @@ def held_weights(bundle: Bundle) -> tuple[TensorFile, ...]:
     held = []
     for file in bundle.manifest.base.weights:
         with suppress(BundleError):
-            held.append(TensorFile(bundle.checked(file)))
+            held.append(bundle.tensors(file))
     return tuple(held)
 
 

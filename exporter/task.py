@@ -26,7 +26,6 @@ from exporter.writing import Exported, Graphs, TaskDraft, stored_values, write_t
 from lora.adapter import Adapter
 from lora.bases.checkpoint import fingerprint
 from lora.errors import BundleError, ExportError
-from lora.files.tensorfile import TensorFile
 from lora.formats.peft import read_peft
 from lora.merging.fit import changes_by_parameter
 from lora.merging.merge import check_base
@@ -114,7 +113,7 @@ def add_task(
     read = read_peft(adapter)
     check_base(read, base.sha256)
     heads = _module_heads(existing) or heads_of(read, existing.path / "base", apart=not base.tied)
-    weights = tuple(TensorFile(existing.present(file)) for file in base.weights)
+    weights = tuple(existing.described(file) for file in base.weights)
     graphs = {role: known_graph(existing, role, head, weights) for role, head in heads.items()}
     known = {role: graph for role, graph in graphs.items() if graph is not None}
     if absent := [head for role, head in heads.items() if role not in known]:

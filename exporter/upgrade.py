@@ -19,7 +19,7 @@ from exporter.bundle.manifest_file import MANIFEST, UPGRADED, check_manifest
 from exporter.bundle.records import MODEL, SCHEMA, Base, Engine, File, Graph, Head, Manifest, Part, Port, Store, Task
 from exporter.bundle.staging import replace_manifest
 from exporter.bundle.task_types import task_type
-from exporter.graph.external_data import load_graph
+from exporter.graph.external_data import parsed_file
 from exporter.heads import head_of
 from lora.bases.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDING
 from lora.errors import BundleError
@@ -104,7 +104,7 @@ def _graph(bundle: Bundle, former: _Manifest3, digest: str) -> Graph:
     models = [task.model for task in former.tasks.values() if task.graph == digest]
     if not models:
         raise BundleError(f"{bundle.path / MANIFEST}: no task has the graph {digest[:12]!r}…; export the tasks again")
-    weights = weight_map(load_graph(bundle.checked(models[0])), graph.weights)
+    weights = weight_map(parsed_file(bundle.path / models[0].path, bundle.content(models[0])), graph.weights)
     if absent := sorted(graph.weights.keys() - weights.keys()):
         raise BundleError(
             f"{bundle.path / models[0].path}: has no weight {absent[0]!r}, which the manifest names; export the task"

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args
 
 from lora.errors import EngineError
+from lora.files.mapped import Content
 from lora.files.tensorfile import Array
 from lora.progress import Progress
 
@@ -26,15 +27,27 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A graph's external data in memory: each initializer's tensor, and the bytes of the files that they lie in, by the
+    locations that the graph says. The tensors are views of these bytes.
+    """
+
+    tensors: Mapping[str, Array]
+    files: Mapping[str, Content]
+
+
+@dataclass(frozen=True)
 class Model:
     """An ONNX graph, and the folder where its external data lie.
 
-    ``values`` take the place of the initializers of those names.
+    ``values`` take the place of the initializers of those names. ``weights`` are the external data themselves, of a
+    graph whose files were verified: a backend that can take them opens no file. None where there is only the folder.
     """
 
     graph: bytes
     folder: Path
     values: Mapping[str, Array] = field(default_factory=dict)
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True)

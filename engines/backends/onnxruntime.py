@@ -22,8 +22,11 @@ from lora.progress import Progress
 
 # https://github.com/microsoft/onnxruntime/blob/main/include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+MODEL_FORMAT = "session.load_model_format"  # else the bytes choose, and may be ONNX Runtime's own format
+DIRECTLY = "session.use_external_initializer_file_buffers_directly"  # no copies; not known to earlier versions
 SPINNING = "session.intra_op.allow_spinning"
 BFLOAT16 = 16  # as onnx.TensorProto counts its types
+OLDEST = (1, 24)  # the first that takes files in memory from Python; before it, external data could lie anywhere
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -87,7 +90,10 @@ class OnnxRuntime:
         """Open a session; there is no plan to read."""
         options = self._api.SessionOptions()
         options.log_severity_level = 4  # errors are raised; what else there is to say is not the user's business
-        options.add_session_config_entry(DATA_FOLDER, str(model.folder))
+        options.add_session_config_entry(MODEL_FORMAT, "ONNX")
+        options.add_session_config_entry(DIRECTLY, "1")
+        if model.weights is None:
+            options.add_session_config_entry(DATA_FOLDER, str(model.folder))
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
             options.add_session_config_entry(SPINNING, "0")
@@ -97,9 +103,7 @@ class OnnxRuntime:
             self._api, options, self._runtime, {**cache_options(self._runtime, model), **self._given}
         )
         try:
-            if model.values:
-                names = sorted(model.values)
-                options.add_external_initializers(names, [self._value(model.values[name]) for name in names])
+            kept = self._give(options, model)
             session = self._api.InferenceSession(model.graph, options, providers=providers)
         except Exception as error:  # the API raises classes of its own that share no root but Exception
             raise EngineError(
@@ -109,7 +113,23 @@ class OnnxRuntime:
         wanted, used = PROVIDERS[self._runtime].name, session.get_providers()
         if wanted not in used:
             raise EngineError(f"{model.folder}: {wanted} was asked for, but ONNX Runtime uses {', '.join(used)}")
-        return OnnxRuntimeSession(session)
+        return OnnxRuntimeSession(session, kept)
+
+    def _give(self, options: Any, model: Model) -> list[Any]:
+        """Hand over the tensors that are in memory; what the session reads where it is, to be kept as long as it."""
+        if model.values:
+            names = sorted(model.values)
+            options.add_external_initializers(names, [self._value(model.values[name]) for name in names])
+        if model.weights is None:
+            return []
+        files = {name: held for name, held in model.weights.files.items() if held}
+        options.add_external_initializers_from_files_in_memory(
+            list(files), list(files.values()), [len(held) for held in files.values()]
+        )
+        shared = {name: self._value(held) for name, held in model.weights.tensors.items() if name not in model.values}
+        for name, value in shared.items():  # of the files alone, earlier versions copy each tensor into the session
+            options.add_initializer(name, value)
+        return [files, shared]
 
     def _value(self, values: Array) -> Any:
         """ONNX Runtime's own of an array, which stays the array's memory.
@@ -122,10 +142,14 @@ class OnnxRuntime:
 
 
 class OnnxRuntimeSession:
-    """A session on the CPU; thread-safe, as ONNX Runtime's own is."""
+    """A session on the CPU; thread-safe, as ONNX Runtime's own is.
 
-    def __init__(self, session: Any) -> None:
+    It reads what is ``kept`` where it is: ONNX Runtime itself holds on to no array of Python's.
+    """
+
+    def __init__(self, session: Any, kept: list[Any]) -> None:
         self._session = session
+        self._kept = kept
         self._inputs = {value.name: (_dtype(value.type), len(value.shape)) for value in session.get_inputs()}
         self._overridable = {value.name for value in session.get_overridable_initializers()}
         self._outputs = [value.name for value in session.get_outputs()]
@@ -160,6 +184,7 @@ class OnnxRuntimeSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del self._session
+        self._kept = []  # after the session that reads it
 
 
 def _import() -> Any:
@@ -176,6 +201,12 @@ def _import() -> Any:
         )
     import onnxruntime
 
+    version = str(onnxruntime.__version__)
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST:
+        raise EngineError(
+            f"onnxruntime {version} follows a model's '..' and links out of its folder; update it to"
+            f" {'.'.join(map(str, OLDEST))}"
+        )
     return onnxruntime
 
 

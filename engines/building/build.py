@@ -17,7 +17,7 @@ import msgspec
 
 from engines.backends import Backend, BackendName, BuildOptions, Model, backend
 from engines.building.profiles import default_profiles, given_profile
-from engines.serving.load import task_model
+from engines.serving.load import model_of, task_model
 from exporter.bundle.edits import with_graph_engine, with_task_engine, with_timing_cache
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL, Engine, File, Manifest
@@ -100,7 +100,7 @@ def build_unadapted(path: Path, task: str, asked: Asked, role: str = MODEL, prog
     job = _Job(
         stem=f"unadapted-{digest[:8]}",
         shown=f"unadapted {digest[:8]}",
-        model=lambda folder: Model(unadapted_graph(part).SerializeToString(), part.bundle.path),
+        model=lambda folder: model_of(part, unadapted_graph(part).SerializeToString()),
         engine=engine,
         place=lambda current, engine: with_graph_engine(current, digest, engine),
     )
@@ -147,7 +147,7 @@ def _build(bundle: Bundle, builder: Backend, job: _Job, options: BuildOptions, p
     with staging(bundle.path) as stage, staging(bundle.path) as scratch:
         timings = builder.timing_cache_key()
         former = bundle.manifest.timing_caches.get(timings) if timings else None
-        options = replace(options, timing_cache=bundle.checked(former).read_bytes() if former else None)
+        options = replace(options, timing_cache=bundle.content(former) if former else None)
         started = time.perf_counter()
         plan = builder.build(job.model(scratch), options, progress)
         seconds = time.perf_counter() - started

@@ -37,9 +37,9 @@ class TextEncoder:
         files = {file.path: file for file in bundle.manifest.base.files}
         if "base/tokenizer.json" not in files:
             raise BundleError(f"{bundle.path}: the base came without tokenizer.json; give token ids instead of text")
-        path = bundle.checked(files["base/tokenizer.json"])
+        path, content = bundle.path / "base/tokenizer.json", bundle.content(files["base/tokenizer.json"])
         try:
-            self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer: Tokenizer = Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises nothing more particular
             raise BundleError(
                 f"{path}: not a tokenizer that can be read ({' '.join(str(error).split())[:160]}); give token ids"
@@ -112,7 +112,7 @@ class TextEncoder:
 def base_config(bundle: Bundle, name: str) -> dict[str, Any]:
     """A JSON file that came with the base; empty where there was none."""
     file = next((file for file in bundle.manifest.base.files if file.path == f"base/{name}"), None)
-    content = json.loads(bundle.checked(file).read_bytes()) if file else {}
+    content = json.loads(bundle.content(file)) if file else {}
     return content if isinstance(content, dict) else {}
 
 

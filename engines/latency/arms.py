@@ -11,6 +11,7 @@ from engines.backends import Model
 from engines.latency.arm_engines import Open, Opener
 from engines.latency.harness import Arm
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
+from engines.serving.load import model_of
 from engines.serving.resident import exchanged_names, resident_model
 from engines.serving.task_values import task_values
 from exporter.bundle.task_part import TaskPart
@@ -58,7 +59,7 @@ def arms_of(
     for name in RESERVED & (brought or {}).keys():
         raise EngineError(f"arm '{name}': the name of an arm that is there anyway; choose another")
     unadapted = unadapted_graph(part)
-    base, merged = opener.pair(part, Model(unadapted.SerializeToString(), part.bundle.path))
+    base, merged = opener.pair(part, model_of(part, unadapted.SerializeToString()))
     arms = [Arm(BASE, base), Arm(AGAIN, base), Arm(MERGED, merged)]
     digests = dict.fromkeys((BASE, AGAIN), graph_digest(unadapted)) | {MERGED: part.part.graph}
     left_out: dict[str, str] = {}
@@ -81,7 +82,7 @@ def _form(part: TaskPart, name: str) -> tuple[Model, Mapping[str, Array]]:
     if name == "resident":  # the very model, and the very tensors, that a resident runtime runs
         exchanged = exchanged_names(part.bundle, part.part.graph)
         return resident_model(part, exchanged), task_values(part, exchanged)
-    return Model(_other_graph(part, name).SerializeToString(), part.bundle.path), {}
+    return model_of(part, _other_graph(part, name).SerializeToString()), {}
 
 
 def _other_graph(part: TaskPart, name: str) -> onnx.ModelProto:

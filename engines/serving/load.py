@@ -9,9 +9,10 @@ from shlex import quote
 from types import TracebackType
 from typing import Self, TypeVar
 
-from engines.backends import Backend, BackendName, Model, Session, backend
+from engines.backends import Backend, BackendName, Model, Session, Weights, backend
 from engines.serving.task_values import task_values
 from exporter.bundle.changes import in_graph_order, merged_at_load
+from exporter.bundle.graph_file import GraphFile, read_graph
 from exporter.bundle.manifest import open_bundle
 from exporter.bundle.records import MODEL, Engine
 from exporter.bundle.task_part import TaskPart, task_parts
@@ -97,10 +98,19 @@ def load_part(part: TaskPart, name: str, chosen: Backend) -> Session:
 
 
 def task_model(part: TaskPart) -> Model:
-    """The part's ONNX model, after its files were checked; what is stored as factors is merged now."""
-    part = part.reopened()
-    values = in_graph_order(part, merged_at_load(part))
-    return Model(part.bundle.checked(part.part.model).read_bytes(), part.bundle.path, values)
+    """The part's ONNX model on its weights, all of them checked; what is stored as factors is merged now."""
+    weights = weights_of(part, part.model_graph)
+    return Model(part.model, part.bundle.path, in_graph_order(part, merged_at_load(part)), weights)
+
+
+def model_of(part: TaskPart, graph: bytes) -> Model:
+    """The model of another form of the part's graph, on the part's checked weights."""
+    return Model(graph, part.bundle.path, weights=weights_of(part, read_graph(part.model_path, graph)))
+
+
+def weights_of(part: TaskPart, graph: GraphFile) -> Weights:
+    """The part's checked weights that a form of its graph names, in memory."""
+    return Weights(part.weights_of(graph), part.weights_files)
 
 
 def engine_here(engines: tuple[Engine, ...], name: str, chosen: Backend) -> Engine | None:

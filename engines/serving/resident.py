@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engines.backends import Model
+from engines.backends import Model, Weights
+from engines.serving.load import weights_of
 from engines.serving.overridable import overridable
 from engines.serving.task_values import task_values
 from exporter.bundle.manifest import Bundle
@@ -23,8 +24,9 @@ def exchanged_names(bundle: Bundle, digest: str) -> frozenset[str]:
 def resident_model(part: TaskPart, exchanged: Iterable[str]) -> Model:
     """The graph on the base's weights, with what tasks exchange as inputs."""
     values = task_values(part, exchanged, adapted=False)
-    graph = overridable(part.bundle.checked(part.part.model).read_bytes(), values)
-    return Model(graph, part.bundle.path)
+    weights = weights_of(part, part.model_graph)
+    tensors = {**weights.tensors, **values}
+    return Model(overridable(part.model, values), part.bundle.path, weights=Weights(tensors, weights.files))
 
 
 def _parts_of(bundle: Bundle, digest: str) -> Iterable[TaskPart]:

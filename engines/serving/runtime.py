@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -95,8 +95,9 @@ class Runtime:
         if self._backend.has_plans and mode == "resident":
             raise EngineError("TensorRT's plans are each a task's own; choose mode 'dedicated'")
         self._owned, self._opening = ExitStack(), Lock()
-        # By the digest of their graph, as are the names of what its tasks change.
+        # By what the file of their graph computes. A task's word for it, the digest, is checked by nobody here.
         self._shared: dict[str, Session] = {}
+        # What its tasks change, by the digest of a graph.
         self._names: dict[str, frozenset[str]] = {}
         self._sessions: Pool[Key, TaskSession] = Pool(
             self._open, self._session_cost, lambda session: session.__exit__(None, None, None), memory
@@ -186,7 +187,7 @@ class Runtime:
             return _InTurns(self._backend.load(Model(b"", self.bundle.path), plan))
         model = task_model(part)
         if not adapted:
-            model = Model(model.graph, model.folder, task_values(part, part.changed_names, adapted=False))
+            model = replace(model, values=task_values(part, part.changed_names, adapted=False))
         return self._backend.load(model, None)
 
     def _session_cost(self, key: Key) -> int:
@@ -209,7 +210,7 @@ class Runtime:
     def _read_part(self, part: TaskPart, adapted: bool) -> dict[str, Array]:
         names = self._exchanged(part.part.graph)
         values = task_values(part, names, adapted)
-        if beyond := sorted(part.changed_names - names):
+        if beyond := sorted((part.own.keys() | part.merged_at_load.keys()) - names):
             raise EngineError(
                 f"task '{part.name}' could not be read when the runtime opened its graph, and changes '{beyond[0]}';"
                 " open the runtime again"
@@ -227,13 +228,13 @@ class Runtime:
         return cost
 
     def _resident(self, part: TaskPart) -> Session:
-        """The session that the tasks of this part's graph share."""
-        digest = part.part.graph
+        """The session that the tasks of this part's graph share, whose file says the same computation."""
+        same = f"{part.part.graph} {part.model_graph.skeleton}"
         with self._opening:
-            if digest not in self._shared:
-                model = resident_model(part, self._exchanged(digest))
-                self._shared[digest] = self._owned.enter_context(self._backend.load(model, None))
-            return self._shared[digest]
+            if same not in self._shared:
+                model = resident_model(part, self._exchanged(part.part.graph))
+                self._shared[same] = self._owned.enter_context(self._backend.load(model, None))
+            return self._shared[same]
 
     def _exchanged(self, digest: str) -> frozenset[str]:
         if digest not in self._names:

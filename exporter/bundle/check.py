@@ -1,16 +1,20 @@
-"""Checking a bundle as it lies on the disk: every byte that the manifest names, and nothing else."""
+"""Checking a bundle as it lies on the disk: every byte that the manifest names, what the files say of each other, and
+nothing else.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.manifest_file import MANIFEST
 from exporter.bundle.records import all_files
-from lora.errors import BundleError
+from exporter.bundle.task_part import TaskPart, task_parts
+from lora.errors import BundleError, LorafuseError
+from lora.formats.factors import PICKLES
 from lora.progress import Progress, unheard
 from lora.wording import printable
 
@@ -24,18 +28,20 @@ class Finding:
 
 
 def check_bundle(path: Path, progress: Progress = unheard) -> list[Finding]:
-    """Everything that is wrong with the bundle in ``path``: files missing, resized or changed, and files nobody names.
+    """Everything that is wrong with the bundle in ``path``: files missing, resized or changed, tasks whose files do not
+    belong together, and files nobody names.
 
     A manifest that can't be read, or leads out of the bundle, is the only finding then. Raises BundleError when there
     is no bundle in ``path`` at all.
     """
-    if not (path / MANIFEST).is_file():
+    if not os.path.lexists(path / MANIFEST):
         raise BundleError(f"{path}: not a bundle (no {MANIFEST}); create one with 'lorafuse export'")
     try:
         bundle = open_bundle(path)
     except BundleError as error:
         return [Finding(MANIFEST, str(error))]
-    return [*_damaged(bundle, progress), *_extra(bundle)]
+    damaged = list(_damaged(bundle, progress))
+    return [*damaged, *_inconsistent(bundle, {finding.path for finding in damaged}, progress), *_extra(bundle)]
 
 
 def _damaged(bundle: Bundle, progress: Progress) -> Iterator[Finding]:
@@ -45,6 +51,32 @@ def _damaged(bundle: Bundle, progress: Progress) -> Iterator[Finding]:
             bundle.checked(file)
         except BundleError as error:
             yield Finding(file.path, str(error))
+
+
+def _inconsistent(bundle: Bundle, damaged: Set[str], progress: Progress) -> Iterator[Finding]:
+    """Tasks whose graph, weight map, weights and adapter do not say the same; those of sound files only."""
+    told = set()
+    for name in sorted(bundle.manifest.tasks):
+        for part in task_parts(bundle, name):
+            files = (*bundle.manifest.base.weights, *part.part.own_weights, part.part.model)
+            if damaged & {file.path for file in (*files, *part.task.adapter)}:
+                continue
+            progress(f"{name} ({part.role})")
+            problem = _problem(part)
+            if problem is not None and problem not in told:
+                told.add(problem)
+                yield Finding(part.part.model.path, problem)
+
+
+def _problem(part: TaskPart) -> str | None:
+    """Why the part could not be loaded. A pickled adapter, which takes torch to read, is not opened."""
+    try:
+        part.weights_of(part.model_graph)
+        if not any(file.path.endswith(PICKLES) for file in part.task.adapter):
+            _ = part.merged_at_load
+    except LorafuseError as error:
+        return str(error)
+    return None
 
 
 def _extra(bundle: Bundle) -> Iterator[Finding]:

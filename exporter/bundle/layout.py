@@ -28,11 +28,21 @@ def to_model(values: Array, order: Order) -> Array:
     return values if order is None else values.transpose(np.argsort(order))
 
 
+def home(name: str, weight: Weight, files: Iterable[TensorFile]) -> TensorFile | None:
+    """The last of ``files`` that holds the weight in its shape and dtype."""
+    stored, found = key(name, weight.order), None
+    for file in files:
+        span = file.spans.get(stored)
+        if span is not None and (span.shape, span.dtype.name) == (weight.shape, weight.dtype):
+            found = file
+    return found
+
+
 class ModelWeights(Mapping[str, Array]):
     """Weights kept in the graph's order, seen under their parameters' names and in the model's order.
 
-    A file later in ``files`` wins over an earlier one: a task's over the base's. A tensor of another shape than the
-    graph's weight belongs to another graph (a head of another size) and is left out.
+    A file later in ``files`` wins over an earlier one: a task's over the base's. A tensor of another shape or dtype
+    than the graph's weight belongs to another graph (a head of another size) and is left out.
     """
 
     def __init__(self, files: Iterable[TensorFile], weights: WeightMap) -> None:
@@ -40,10 +50,9 @@ class ModelWeights(Mapping[str, Array]):
         self._home: dict[str, TensorFile] = {}
         files = tuple(files)
         for name, weight in weights.items():
-            stored = key(name, weight.order)
-            homes = [file for file in files if stored in file and file.shape(stored) == weight.shape]
-            if homes:
-                self._home[name] = homes[-1]
+            found = home(name, weight, files)
+            if found is not None:
+                self._home[name] = found
 
     def __getitem__(self, name: str) -> Array:
         file, order = self._home[name], self._weights[name].order

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import mmap
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporter.bundle.manifest_file import MANIFEST, read_manifest
+from exporter.bundle.manifest_file import MANIFEST, manifest_bytes, parse_manifest
 from exporter.bundle.records import File, Manifest, Task
 from lora.errors import BundleError
-from lora.files.tensorfile import file_sha256
+from lora.files.mapped import MappedFile, State, mapped, opened
+from lora.files.tensorfile import TensorFile
 
 CLOCK_STEP = (
     2 * 10**9
 )  # ns: a file that changes twice within a step of its file system's clock may show one time for both
+
+# What the system says of a file that is not there as a file: no entry, a folder on the way that is none, a link, a
+# folder or a socket in its place.
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO})
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A file whose hash was compared: its state then, and the mapping, for as long as anybody reads from it."""
+
+    state: State
+    content: weakref.ref[mmap.mmap] | None
+
+    def mapping(self, path: Path, state: State) -> MappedFile | None:
+        content = self.content() if self.content is not None else None
+        return MappedFile(path, content, state) if content is not None else None
 
 
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle: its folder and its checked manifest.
 
-    ``_seen`` holds the state (inode, size, time of change) of each file whose hash was compared: who goes from task to
-    task does not hash a base again that nobody touched. The time is the kernel's, which no program sets.
+    A file is opened once, without following a link, and mapped; its hash is that of the mapping, from which its bytes
+    are served. ``digest`` is that of the manifest's bytes, and so of all that it names. ``_seen`` holds the state of
+    each file whose hash was compared: who goes from task to task does not hash a base again that nobody touched, and
+    sessions share one mapping of it.
     """
 
     path: Path
     manifest: Manifest
-    _seen: dict[File, tuple[int, int, int]] = field(default_factory=dict, repr=False, compare=False)
+    digest: str = field(default="", compare=False)
+    _seen: dict[File, _Seen] = field(default_factory=dict, repr=False, compare=False)
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises BundleError listing the tasks there are."""
@@ -39,28 +63,59 @@ class Bundle:
 
     def present(self, file: File) -> Path:
         """The file's path, after its size was compared. Raises BundleError when it is missing or of another size."""
-        path = self.path / file.path
-        with reading(path):
-            if path.is_symlink() or not path.is_file():
-                raise BundleError(f"{path}: missing from the bundle; export the task again")
-            if path.stat().st_size != file.size:
-                raise BundleError(
-                    f"{path}: {path.stat().st_size} bytes, but the manifest says {file.size}; export the task again"
-                )
-        return path
+        with self._opened(file):
+            return self.path / file.path
+
+    def described(self, file: File) -> TensorFile:
+        """The tensors of a file by their names and shapes, for who reads no values: its size alone was compared."""
+        with self._opened(file) as (descriptor, state):
+            return TensorFile(mapped(self.path / file.path, descriptor, state))
 
     def checked(self, file: File) -> Path:
-        """The file's path, after its size and SHA-256 were compared. Raises BundleError when they differ."""
-        path = self.present(file)
-        with reading(path):
-            found = path.stat()
-            state = found.st_ino, found.st_size, found.st_ctime_ns
-            if self._seen.get(file) != state:
-                settled = time.time_ns() - found.st_ctime_ns > CLOCK_STEP
-                check_sha256(path, file, file_sha256(path))
-                if settled:
-                    self._seen[file] = state
-        return path
+        """The file's path, after its size and SHA-256 were compared. Raises BundleError when they differ.
+
+        Whoever opens the path afterwards may find another file there: ``content`` and ``tensors`` give what was
+        compared.
+        """
+        return self.mapped(file).path
+
+    def content(self, file: File) -> bytes:
+        """The file's bytes, the very ones that were compared. Raises BundleError as ``mapped`` does."""
+        return bytes(self.mapped(file).content)
+
+    def tensors(self, file: File) -> TensorFile:
+        """The tensors of a weights file, views of the bytes that were compared. Raises BundleError as ``mapped`` does,
+        CheckpointError when it is no safetensors file.
+        """
+        return TensorFile(self.mapped(file))
+
+    def mapped(self, file: File) -> MappedFile:
+        """The file, mapped, after its size and SHA-256 were compared.
+
+        Raises BundleError when it is missing, a link, of another size or of other content.
+        """
+        path = self.path / file.path
+        with self._opened(file) as (descriptor, state):
+            seen = self._seen.get(file)
+            known = seen is not None and seen.state == state
+            if seen is not None and known and (held := seen.mapping(path, state)):
+                return held
+            found = mapped(path, descriptor, state)
+        settled = time.time_ns() - found.changed > CLOCK_STEP
+        if not known:
+            check_sha256(path, file, found.sha256)
+        if settled:
+            content = found.content
+            self._seen[file] = _Seen(state, weakref.ref(content) if isinstance(content, mmap.mmap) else None)
+        return found
+
+    @contextmanager
+    def _opened(self, file: File) -> Iterator[tuple[int, State]]:
+        path = self.path / file.path
+        with reading(path), opened(self.path, file.path) as (descriptor, state):
+            if state[2] != file.size:
+                raise BundleError(f"{path}: {state[2]} bytes, but the manifest says {file.size}; export the task again")
+            yield descriptor, state
 
 
 @contextmanager
@@ -69,6 +124,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in ABSENT:
+            raise BundleError(f"{path}: missing from the bundle; export the task again") from error
         raise BundleError(f"{path}: can't be read ({error.strerror}); export the task again") from error
 
 
@@ -78,11 +135,12 @@ def check_sha256(path: Path, file: File, found: str) -> None:
         raise BundleError(f"{path}: content does not match the manifest's SHA-256; export the task again")
 
 
+def digest_of(manifest: bytes) -> str:
+    """What a bundle is pinned by, "sha256:" and the hash in hex, as registries write digests."""
+    return f"sha256:{hashlib.sha256(manifest).hexdigest()}"
+
+
 def open_bundle(path: Path) -> Bundle:
     """Open the bundle in ``path``. Raises BundleError when it is not one, is damaged, or is of a newer schema."""
-    manifest = path / MANIFEST
-    with reading(path):
-        found = manifest.is_file()
-    if not found:
-        raise BundleError(f"{path}: not a bundle (no {MANIFEST}); create one with 'lorafuse export'")
-    return Bundle(path, read_manifest(manifest))
+    content = manifest_bytes(path)
+    return Bundle(path, parse_manifest(path / MANIFEST, content), digest_of(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,7 @@ import msgspec
 
 from exporter.bundle.records import SCHEMA, Engine, File, Graph, Manifest, Task, all_files
 from lora.errors import BundleError
+from lora.files.mapped import mapped, opened
 from lora.wording import printable
 
 MANIFEST = "manifest.json"
@@ -25,13 +27,32 @@ class _Schema(msgspec.Struct):
     schema: int
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest in the file ``path``. Raises BundleError when it is damaged, or of another schema than this one."""
+def manifest_bytes(bundle: Path) -> bytes:
+    """The content of the manifest in the folder ``bundle``. Raises BundleError when there is none, or it is a link."""
+    path = bundle / MANIFEST
     try:
-        content = path.read_bytes()
+        with opened(bundle, MANIFEST) as (descriptor, state):
+            return bytes(mapped(path, descriptor, state).content)
+    except OSError as error:
+        match error.errno:
+            case errno.ENOENT | errno.ENOTDIR:
+                raise BundleError(
+                    f"{bundle}: not a bundle (no {MANIFEST}); create one with 'lorafuse export'"
+                ) from error
+            case errno.ELOOP:
+                raise BundleError(f"{path}: a link, which may lead out of the bundle; refusing to follow it") from error
+        raise BundleError(f"{bundle}: can't be read ({error.strerror}); export the tasks again") from error
+
+
+def parse_manifest(path: Path, content: bytes) -> Manifest:
+    """The manifest in ``content``, found in the file ``path``.
+
+    Raises BundleError when it is damaged, or of another schema than this one.
+    """
+    try:
         _check_schema(path, msgspec.json.decode(content, type=_Schema).schema)
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(
             f"{path}: not a bundle's manifest ({printable(' '.join(str(error).split()))}); export the tasks again"
         ) from error

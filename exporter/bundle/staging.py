@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from exporter.bundle.manifest import Bundle, open_bundle
-from exporter.bundle.manifest_file import MANIFEST
+from exporter.bundle.manifest import Bundle, digest_of, open_bundle
+from exporter.bundle.manifest_file import MANIFEST, manifest_bytes
 from exporter.bundle.records import File, Manifest, all_files, encode
 from lora.errors import BundleError
 from lora.files.durable import flush, staging_folder
@@ -61,8 +61,9 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
         for path in stage.rglob("*"):
             if path.is_file():
                 flush(path)
+        content = encode(manifest)
         _write_flushed(
-            stage / MANIFEST, encode(manifest)
+            stage / MANIFEST, content
         )  # before anything moves: should the disk be full by now, nothing has changed
         if current is None:
             stage.chmod(0o755)
@@ -73,7 +74,7 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
             _remove_unnamed(bundle, current.manifest, manifest)
         flush(bundle)
         flush(bundle.parent)
-    return Bundle(bundle, manifest)
+    return Bundle(bundle, manifest, digest_of(content))
 
 
 def amend(bundle: Path, stage: Path, update: Callable[[Bundle], Manifest]) -> Bundle:
@@ -93,11 +94,12 @@ def amend(bundle: Path, stage: Path, update: Callable[[Bundle], Manifest]) -> Bu
 def replace_manifest(bundle: Path, update: Callable[[bytes], Manifest]) -> Bundle:
     """Replace the manifest alone, in one step, by what ``update`` makes of its bytes. Nothing else is touched."""
     with staging(bundle) as stage, _locked(bundle.parent):
-        manifest = update((bundle / MANIFEST).read_bytes())
-        _write_flushed(stage / MANIFEST, encode(manifest))
+        manifest = update(manifest_bytes(bundle))
+        content = encode(manifest)
+        _write_flushed(stage / MANIFEST, content)
         (stage / MANIFEST).replace(bundle / MANIFEST)
         flush(bundle)
-    return Bundle(bundle, manifest)
+    return Bundle(bundle, manifest, digest_of(content))
 
 
 def current_bundle(bundle: Path) -> Bundle | None:

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
+from exporter.bundle.graph_file import GraphFile, read_graph
 from exporter.bundle.layout import ModelWeights, WeightMap
+from exporter.bundle.linked import check_claimed, check_homes, check_mapped, linked
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.records import MODEL, Graph, Part, Task
 from lora.adapter import Adapter, Change, Replacement
 from lora.errors import BundleError
-from lora.files.tensorfile import TensorFile
-from lora.formats.peft import read_peft
+from lora.files.mapped import Content
+from lora.files.tensorfile import Array, TensorFile
+from lora.formats.peft import read_peft_files
 from lora.merging.fit import changes_by_parameter
+from lora.wording import printable
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,42 @@ class TaskPart:
     @cached_property
     def own(self) -> ModelWeights:
         """The tensors that the bundle stores for the task, by parameter name."""
-        return ModelWeights(map(TensorFile, map(self.bundle.checked, self.part.own_weights)), self.graph.weights)
-
-    def reopened(self) -> TaskPart:
-        """The same part with the files of its weights opened now: what was compared with a hash may have changed."""
-        part = replace(self)
-        _ = part.base, part.own
-        return part
+        return ModelWeights(self._own_files, self.graph.weights)
 
     @property
     def own_names(self) -> frozenset[str]:
         """The names in ``own``, from the file's header alone: nothing is hashed, for no value is read."""
-        files = [TensorFile(self.bundle.present(file)) for file in self.part.own_weights]
+        files = [self._claimed(self.bundle.described(file)) for file in self.part.own_weights]
         return frozenset(ModelWeights(files, self.graph.weights))
+
+    @property
+    def model_path(self) -> Path:
+        """Where the part's ONNX file lies, for messages."""
+        return self.bundle.path / self.part.model.path
+
+    @cached_property
+    def model(self) -> bytes:
+        """The part's ONNX file: the bytes that were compared with its hash."""
+        return self.bundle.content(self.part.model)
+
+    @cached_property
+    def model_graph(self) -> GraphFile:
+        """What the ONNX file has, after it was held against the weight map and the weights files."""
+        found, weights = read_graph(self.model_path, self.model), self.graph.weights
+        check_mapped(self.model_path, found, weights)
+        check_homes(self.model_path, found, weights, (*self._base_files, *self._own_files))
+        return found
+
+    def weights_of(self, graph: GraphFile) -> dict[str, Array]:
+        """The tensors that a form of the part's graph names, by initializer and in the graph's axis order: the base's,
+        and the task's own where the bundle stores them.
+        """
+        return linked(self.model_path, graph, self.graph.weights, (*self._base_files, *self._own_files))
+
+    @property
+    def weights_files(self) -> dict[str, Content]:
+        """The bytes of the weights files that a graph may name, by their names beside it."""
+        return {file.path.name: file.content for file in (*self._base_files, *self._own_files)}
 
     @cached_property
     def changes(self) -> dict[str, list[Change]]:
@@ -66,7 +94,11 @@ class TaskPart:
         if adapter is None:
             return {}
         base = self.base if len(self.task.parts) == 1 else ModelWeights(self._base_files, self._weights_of_all_parts)
-        changes = changes_by_parameter(base, adapter)
+        changes, known = changes_by_parameter(base, adapter), self._weights_of_all_parts
+        for name in changes.keys() - known.keys():
+            raise BundleError(
+                f"{adapter.path}: changes '{printable(name)}', which has no place in the graph; export the task again"
+            )
         return {name: made for name, made in changes.items() if name in self.graph.weights}
 
     @property
@@ -89,14 +121,22 @@ class TaskPart:
 
     @cached_property
     def _base_files(self) -> tuple[TensorFile, ...]:
-        return tuple(TensorFile(self.bundle.checked(file)) for file in self.bundle.manifest.base.weights)
+        return tuple(self.bundle.tensors(file) for file in self.bundle.manifest.base.weights)
+
+    @cached_property
+    def _own_files(self) -> tuple[TensorFile, ...]:
+        return tuple(self._claimed(self.bundle.tensors(file)) for file in self.part.own_weights)
+
+    def _claimed(self, file: TensorFile) -> TensorFile:
+        check_claimed(file, self.graph.weights)
+        return file
 
     @cached_property
     def _adapter(self) -> Adapter | None:
         if not self.task.adapter:
             return None
-        paths = [self.bundle.checked(file) for file in self.task.adapter]
-        return read_peft(paths[0].parent)
+        files = [self.bundle.mapped(file) for file in self.task.adapter]
+        return read_peft_files(files[0].path.parent, files)
 
     @property
     def _weights_of_all_parts(self) -> WeightMap:

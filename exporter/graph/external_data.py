@@ -23,8 +23,13 @@ def parsed(model: bytes) -> onnx.ModelProto:
 
 def load_graph(path: Path) -> onnx.ModelProto:
     """The graph alone: external data stays on disk. Raises BundleError when the file is not an ONNX model."""
+    return parsed_file(path, path.read_bytes())
+
+
+def parsed_file(path: Path, content: bytes) -> onnx.ModelProto:
+    """As ``load_graph``, of the content that the file has."""
     try:
-        return onnx.load(path, load_external_data=False)
+        return parsed(content)
     except DecodeError as error:
         raise BundleError(f"{path}: not an ONNX model ({error}); export the task again") from error
 

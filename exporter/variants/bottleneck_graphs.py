@@ -18,7 +18,7 @@ from exporter.graph.signature import signature
 from exporter.graph.trace import trace
 from exporter.transformers_base import skeleton
 from lora.errors import ExportError
-from lora.files.tensorfile import Array, TensorFile, numpy_dtype
+from lora.files.tensorfile import Array, numpy_dtype
 from lora.modules.bottlenecks import Kind, insert, width_for
 
 SHARE = 11.0 / 354.8  # the paper's Table 1: 11 M parameters beside GPT-2 medium's
@@ -40,7 +40,7 @@ def bottleneck_graph(part: TaskPart, kind: Kind) -> onnx.ModelProto:
     model = skeleton(bundle.path / "base", head, base.precision, part.role)
     values = with_bottlenecks(model, kind)
     traced = trace(signature(model, head, part.role))
-    files = [TensorFile(bundle.checked(file)) for file in (*part.part.own_weights, *base.weights)]
+    files = [bundle.tensors(file) for file in (*part.part.own_weights, *base.weights)]
     orders = {name: order for name, order in traced.weights.items() if name not in values}
     graph = pointed(traced.graph, weight_map(traced.graph, orders), files)
     for tensor in [tensor for tensor in graph.graph.initializer if tensor.name in values]:

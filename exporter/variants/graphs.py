@@ -10,10 +10,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from exporter.bundle.task_part import TaskPart
-from exporter.graph.external_data import load_graph, pointed
+from exporter.graph.external_data import parsed_file, pointed
 from lora.adapter import Change, LowRank, Replacement
 from lora.errors import ExportError
-from lora.files.tensorfile import TensorFile
 
 # Where a merged weight is read: y = x · W, with the weight as the second input (Gemm: not transposed again).
 READERS = ("MatMul", "Gemm")
@@ -21,13 +20,13 @@ READERS = ("MatMul", "Gemm")
 
 def merged_graph(part: TaskPart) -> onnx.ModelProto:
     """The task's own graph; of one stored as factors, the graph that its merged tensors are put into."""
-    return load_graph(part.bundle.checked(part.part.model))
+    return parsed_file(part.model_path, part.model)
 
 
 def unadapted_graph(part: TaskPart) -> onnx.ModelProto:
     """The task's graph on the base's weights; what the base does not have (a trained head) stays the task's."""
     files = (*part.part.own_weights, *part.bundle.manifest.base.weights)
-    return pointed(merged_graph(part), part.graph.weights, [TensorFile(part.bundle.checked(file)) for file in files])
+    return pointed(merged_graph(part), part.graph.weights, [part.bundle.tensors(file) for file in files])
 
 
 def unmerged_graph(part: TaskPart) -> onnx.ModelProto:

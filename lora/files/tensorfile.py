@@ -21,6 +21,9 @@ import safetensors
 from numpy.typing import NDArray
 
 from lora.errors import CheckpointError
+from lora.files.header import HeaderError, read_header
+from lora.files.mapped import Content, MappedFile
+from lora.wording import printable
 
 Array = NDArray[Any]
 
@@ -40,6 +43,9 @@ _NUMPY_NAMES = {
     "BF16": "bfloat16",
 }
 _FORMAT_NAMES = {name: code for code, name in _NUMPY_NAMES.items()}
+_WIDTHS = {
+    code: 2 if name == "bfloat16" else np.dtype(name).itemsize for code, name in _NUMPY_NAMES.items()
+}  # bytes; ml_dtypes is imported only for a file that has its type
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,35 @@ class Span:
 class TensorFile(Mapping[str, Array]):
     """The tensors of one safetensors file, each mapped read-only when it is asked for.
 
-    Raises CheckpointError when the file is missing, is not safetensors, is truncated, or holds a dtype numpy lacks.
+    Of a ``MappedFile``, they are views of its mapping, and no file is opened again. Raises CheckpointError when the
+    file is missing, is not safetensors, is truncated, or holds a dtype numpy lacks.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        header, data_start = _checked_header(path)
+    def __init__(self, source: Path | MappedFile) -> None:
+        self._content: Content | None = None
+        if isinstance(source, MappedFile):
+            self.path, self._content = source.path, source.content
+            header, data_start = _mapped_header(source)
+        else:
+            self.path = source
+            header, data_start = _checked_header(source)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self.spans = {name: _span(path, name, entry, data_start) for name, entry in header.items()}
+        self.spans = {name: _span(self.path, name, entry, data_start) for name, entry in header.items()}
 
     def __getitem__(self, name: str) -> Array:
         span = self.spans[name]
         if span.length == 0:  # an empty range can't be mapped
             return np.empty(span.shape, span.dtype)
-        return np.memmap(self.path, span.dtype, "r", span.offset, span.shape)
+        if self._content is None:
+            return np.memmap(self.path, span.dtype, "r", span.offset, span.shape)
+        values: Array = np.frombuffer(self._content, np.uint8, span.length, span.offset)
+        return values.view(span.dtype).reshape(span.shape)
+
+    @property
+    def content(self) -> Content:
+        """The bytes of a mapped file."""
+        assert self._content is not None, "opened by its path"
+        return self._content
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without mapping it."""
@@ -87,6 +108,15 @@ def shape_of(tensors: Mapping[str, Array], name: str) -> tuple[int, ...]:
     return tuple(shape(name)) if shape is not None else tensors[name].shape
 
 
+def _mapped_header(file: MappedFile) -> tuple[dict[str, Any], int]:
+    try:
+        return read_header(file.content, _WIDTHS)
+    except HeaderError as error:
+        raise CheckpointError(
+            f"{file.path}: not a whole safetensors file ({printable(str(error))}); fetch or save it again"
+        ) from error
+
+
 def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with safetensors.safe_open(path, framework="numpy"):  # checks sizes, offsets and coverage of the whole file
@@ -103,7 +133,8 @@ def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
 def _span(path: Path, name: str, entry: dict[str, Any], data_start: int) -> Span:
     if entry["dtype"] not in _NUMPY_NAMES:
         raise CheckpointError(
-            f"{path}: tensor '{name}' has dtype {entry['dtype']}; expected one of {', '.join(_NUMPY_NAMES)}"
+            f"{path}: tensor '{printable(name)}' has dtype {printable(entry['dtype'])}; expected one of"
+            f" {', '.join(_NUMPY_NAMES)}"
         )
     start, end = entry["data_offsets"]
     return Span(numpy_dtype(_NUMPY_NAMES[entry["dtype"]]), tuple(entry["shape"]), data_start + start, end - start)

@@ -18,7 +18,7 @@ from lora.formats.components import choose
 from lora.formats.factors import Factors, identity, open_factors
 from lora.formats.original_names import of_flux
 from lora.formats.peft import LINEAR_A, LINEAR_B, MAGNITUDE, peft_changes
-from lora.formats.peft_config import PeftConfig, parse_config
+from lora.formats.peft_config import PeftConfig, parse_lora_config
 
 WEIGHTS, PICKLE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
 METADATA = "lora_adapter_metadata"
@@ -125,7 +125,7 @@ def _config(path: Path, metadata: dict[str, str], prefix: str) -> PeftConfig | N
             " adapter again"
         )
     ours = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
-    return parse_config(path, json.dumps(ours).encode()) if ours else None
+    return parse_lora_config(path, json.dumps(ours).encode()) if ours else None
 
 
 def _changes(factors: Factors) -> tuple[Change, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lora.adapter import Layout, LowRank
 from lora.errors import AdapterError, CheckpointError
+from lora.files.mapped import MappedFile
 from lora.files.tensorfile import Array, TensorFile, file_sha256
 
 # What torch.save writes is called by one of these suffixes, by custom.
@@ -124,17 +125,18 @@ class Factors:
             )
 
 
-def open_factors(path: Path) -> tuple[Factors, dict[str, str]]:
+def open_factors(source: Path | MappedFile) -> tuple[Factors, dict[str, str]]:
     """The tensors and the metadata of a safetensors file; or of a torch state dict, which has no metadata.
 
     Raises AdapterError when it can't be read.
     """
+    path = source.path if isinstance(source, MappedFile) else source
     if path.suffix in PICKLES:
         from lora.formats.pickled import read_pickle  # torch is needed for these files only
 
-        return Factors(path, read_pickle(path)), {}
+        return Factors(path, read_pickle(source)), {}
     try:
-        file = TensorFile(path)
+        file = TensorFile(source)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     if not file.spans:
@@ -142,6 +144,7 @@ def open_factors(path: Path) -> tuple[Factors, dict[str, str]]:
     return Factors(path, file), file.metadata
 
 
-def identity(files: Iterable[Path]) -> str:
+def identity(files: Iterable[Path | MappedFile]) -> str:
     """SHA-256 that identifies an adapter by the bytes of its files, in order."""
-    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    hashes = (file.sha256 if isinstance(file, MappedFile) else file_sha256(file) for file in files)
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()

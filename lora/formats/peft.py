@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora.adapter import Adapter, Change, Increment, Layout, LowRank, Replacement, Rows
 from lora.errors import AdapterError
+from lora.files.mapped import MappedFile
 from lora.formats.factors import Factors, identity, open_factors
-from lora.formats.peft_config import MethodConfig, PeftConfig, read_config
+from lora.formats.peft_config import MethodConfig, PeftConfig, parse_config, read_config
 from lora.formats.peft_types import method_changes, refuse_unknown_method
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -36,16 +38,41 @@ def read_peft(folder: Path) -> Adapter:
     Raises AdapterError when a file is missing or damaged, a field can't be honoured, or a tensor is left over.
     """
     config = read_config(folder / CONFIG)
-    if isinstance(config, MethodConfig):
-        refuse_unknown_method(folder / CONFIG, config.peft_type)
+    _refuse_unknown(folder, config)  # before files are asked for that such a method does not have
     pickled = (folder / PICKLE).exists() and not (folder / WEIGHTS).exists()
     files = (folder / CONFIG, folder / (PICKLE if pickled else WEIGHTS))
+    return _adapter(folder, config, files)
+
+
+def read_peft_files(folder: Path, files: Sequence[MappedFile]) -> Adapter:
+    """Read an adapter from its files, which are in memory: whatever else lies in ``folder`` is no part of it.
+
+    Raises AdapterError as ``read_peft`` does, and when the files are not one configuration and one file of tensors.
+    """
+    by_name = {file.path.name: file for file in files}
+    tensors = [name for name in (WEIGHTS, PICKLE) if name in by_name]
+    if len(by_name) != len(files) or len(tensors) != 1 or by_name.keys() != {CONFIG, tensors[0]}:
+        names = ", ".join(sorted(file.path.name for file in files))
+        raise AdapterError(f"{folder}: the adapter is the files {names}; expected {CONFIG}, and {WEIGHTS} or {PICKLE}")
+    config = parse_config(by_name[CONFIG].path, bytes(by_name[CONFIG].content))
+    _refuse_unknown(folder, config)
+    return _adapter(folder, config, (by_name[CONFIG], by_name[tensors[0]]))
+
+
+def _refuse_unknown(folder: Path, config: PeftConfig | MethodConfig) -> None:
+    if isinstance(config, MethodConfig):
+        refuse_unknown_method(folder / CONFIG, config.peft_type)
+
+
+def _adapter(
+    folder: Path, config: PeftConfig | MethodConfig, files: tuple[Path | MappedFile, Path | MappedFile]
+) -> Adapter:
     opened, metadata = open_factors(files[1])
     factors = _without_adapter_names(opened)
     return Adapter(
         path=folder,
         format="PEFT",
-        files=files,
+        files=tuple(file.path if isinstance(file, MappedFile) else file for file in files),
         sha256=identity(files),
         changes=_changes(factors, config),
         task_type=config.task_type,

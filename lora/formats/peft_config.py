@@ -152,9 +152,17 @@ def read_config(path: Path) -> PeftConfig | MethodConfig:
         ) from error
     except OSError as error:
         raise AdapterError(f"{path}: can't be read ({error.strerror})") from error
+    return parse_config(path, content)
+
+
+def parse_config(path: Path, content: bytes) -> PeftConfig | MethodConfig:
+    """Check the JSON ``content``, found in the file ``path``: LoRA's, or another method's.
+
+    Raises AdapterError naming the field that can't be honoured.
+    """
     fields = _fields(path, content)
     if fields.get("peft_type") in ("LORA", None):
-        return parse_config(path, content)
+        return parse_lora_config(path, content)
     return _method_config(path, content, fields)
 
 
@@ -182,8 +190,8 @@ def _model_class(auto_mapping: dict[str, Any] | None) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def parse_config(path: Path, content: bytes) -> PeftConfig:
-    """Check the JSON ``content``, found in the file ``path``.
+def parse_lora_config(path: Path, content: bytes) -> PeftConfig:
+    """Check LoRA's configuration, the JSON ``content`` found in the file ``path``.
 
     Raises AdapterError naming the field that can't be honoured.
     """

@@ -6,12 +6,14 @@ The only module here that imports torch, and only when such a file is read.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora.errors import AdapterError
+from lora.files.mapped import MappedFile
 from lora.files.tensorfile import Array, numpy_dtype
 
 # Before it, the restricted reader could be made to run code: CVE-2025-32434 (mended in 2.6) and CVE-2026-24747 (in
@@ -19,16 +21,19 @@ from lora.files.tensorfile import Array, numpy_dtype
 SAFE_TORCH = (2, 10)
 
 
-def read_pickle(path: Path) -> dict[str, Array]:
+def read_pickle(source: Path | MappedFile) -> dict[str, Array]:
     """{name: array} of a state dict. Nothing in the file is run.
 
     Raises AdapterError when torch is missing or too old, the file is damaged, or it holds anything besides tensors.
     """
+    path = source.path if isinstance(source, MappedFile) else source
     torch = _torch(path)
-    if not path.is_file():
+    if isinstance(source, Path) and not source.is_file():
         raise AdapterError(f"{path}: no such file; expected a torch state dict")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(
+            source if isinstance(source, Path) else io.BytesIO(source.content), map_location="cpu", weights_only=True
+        )
     except (
         Exception
     ) as error:  # bytes of anybody's making: what the readers of zip, tar and pickle raise on them is no short list

@@ -26,12 +26,12 @@ from engines.latency.arms import arms_of
 from engines.latency.verdict import MERGED
 from exporter.bundle import manifest
 from exporter.bundle.changes import in_graph_order, merged_at_load
-from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest import Bundle, check_sha256, open_bundle
 from exporter.bundle.records import MODEL
 from exporter.bundle.task_part import task_part
 from exporter.task import Request, add_task, export_task
 from lora.errors import BundleError, EngineError
-from lora.files.tensorfile import Array, TensorFile, file_sha256
+from lora.files.tensorfile import Array, TensorFile
 
 
 def run(bundle: Path, task: str, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -250,6 +250,8 @@ def test_the_merged_arm_of_the_harness_is_merged(stored_both_ways: Path, tokens:
 
 def test_the_bases_weights_are_hashed_once_a_load(stored_both_ways: Path, monkeypatch: pytest.MonkeyPatch):
     hashed: list[str] = []
-    monkeypatch.setattr(manifest, "file_sha256", lambda path: hashed.append(path.name) or file_sha256(path))
+    monkeypatch.setattr(
+        manifest, "check_sha256", lambda path, *rest: hashed.append(path.name) or check_sha256(path, *rest)
+    )
     with engines.load(stored_both_ways, "factors", threads=1):
         assert [name for name in hashed if name.startswith("base-") and name.endswith(".safetensors")] == [hashed[0]]

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -20,34 +19,29 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from exporter.bundle.check import check_bundle
-from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest import open_bundle
 from exporter.bundle.manifest_file import MANIFEST
 from exporter.bundle.records import MODEL, Engine, File, all_files, encode
 from exporter.bundle.staging import describe
-from exporter.task import add_task
 from lora.errors import BundleError
+from scripts.support.hand_made_bundle import hand_made_bundle
 
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense task with an engine and one stored as factors; the base's weights are cut to what hypothesis can play
-    with.
-    """
-    path = Path(shutil.copytree(tiny_bundle.path, tmp_path_factory.mktemp("fuzz") / "bundle"))
-    manifest = add_task(path, tiny_bundle.path.parent / "adapter", "second", store="factors").bundle.manifest
-    weights = manifest.base.weights[0].path
-    (path / weights).write_bytes(bytes(range(256)))
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small enough for hypothesis to play with: dense tasks, one of them with an engine, and one stored as factors."""
+    opened = hand_made_bundle(tmp_path_factory.mktemp("fuzz") / "bundle")
+    path, manifest = opened.path, opened.manifest
     (path / "engines").mkdir()
-    (path / "engines/first.plan").write_bytes(b"a plan")
-    first = manifest.tasks["first"]
-    part = first.parts[MODEL]
-    engine = Engine("tensorrt", "10", "8.9", part.model.sha256, "0" * 64, describe(path, "engines/first.plan"))
+    (path / "engines/left.plan").write_bytes(b"a plan")
+    left = manifest.tasks["left"]
+    part = left.parts[MODEL]
+    engine = Engine("tensorrt", "10", "8.9", part.model.sha256, "0" * 64, describe(path, "engines/left.plan"))
     part = msgspec.structs.replace(part, engines=(engine,))
-    base = msgspec.structs.replace(manifest.base, weights=(describe(path, weights),))
-    tasks = {**manifest.tasks, "first": msgspec.structs.replace(first, parts={MODEL: part})}
-    (path / MANIFEST).write_bytes(encode(msgspec.structs.replace(manifest, base=base, tasks=tasks)))
+    tasks = {**manifest.tasks, "left": msgspec.structs.replace(left, parts={MODEL: part})}
+    (path / MANIFEST).write_bytes(encode(msgspec.structs.replace(manifest, tasks=tasks)))
     assert check_bundle(path) == []
     return path
 

@@ -18,11 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import exporter.bundle.manifest
-from exporter.bundle.manifest import Bundle, open_bundle
+from exporter.bundle.manifest import Bundle, check_sha256, open_bundle
 from exporter.bundle.manifest_file import check_task_name
 from exporter.bundle.records import MODEL, SCHEMA, all_files, encode, task_files
 from lora.errors import BundleError
-from lora.files.tensorfile import file_sha256
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -375,7 +374,9 @@ def test_a_damaged_file_is_refused_by_name(tiny_copy: Path, damage: Callable[[Pa
 
 def test_a_file_is_hashed_again_only_when_it_may_have_changed(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch):
     hashed: list[Path] = []
-    monkeypatch.setattr(exporter.bundle.manifest, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    monkeypatch.setattr(
+        exporter.bundle.manifest, "check_sha256", lambda path, *rest: hashed.append(path) or check_sha256(path, *rest)
+    )
     bundle = open_bundle(tiny_copy)
     model = bundle.task("first").parts[MODEL].model
     bundle.checked(model)

@@ -1,0 +1,101 @@
+"""What the attacks share: a bundle that is made in a moment, and the runtimes that are asked for its tasks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import engines
+from lora.errors import LorafuseError
+from lora.files.tensorfile import Array
+from scripts.support.hand_made_bundle import TASKS, hand_made_bundle, inputs
+
+Outcome = Array | str  # the logits, or what the runtime says of the task
+Ask = Callable[[Path, Sequence[str], str], dict[str, Outcome]]
+MODES = ("dedicated", "resident")
+
+
+def ask_python(
+    bundle: Path, tasks: Sequence[str], mode: str, given: dict[str, Array] | None = None
+) -> dict[str, Outcome]:
+    """What the Python runtime answers for the tasks, asked in this order; a refusal is one printable line."""
+    try:
+        runtime = engines.open(bundle, mode, threads=1)
+    except LorafuseError as error:
+        return dict.fromkeys(tasks, refusal(error))
+    found: dict[str, Outcome] = {}
+    with runtime:
+        for task in tasks:
+            try:
+                found[task] = runtime.run(task, given or inputs())["logits"]
+            except LorafuseError as error:
+                found[task] = refusal(error)
+    return found
+
+
+def refusal(error: LorafuseError) -> str:
+    message = str(error)
+    assert message.isprintable(), ascii(message)
+    return message
+
+
+RUNTIMES: dict[str, Ask] = {"python": ask_python}
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A runtime in a mode, asked for tasks of a bundle."""
+
+    ask: Ask
+    mode: str
+    good: dict[str, Array]
+
+    def __call__(self, bundle: Path, *tasks: str) -> dict[str, Outcome]:
+        return self.ask(bundle, tasks or tuple(TASKS), self.mode)
+
+    def refuses(self, bundle: Path, task: str, *words: str) -> None:
+        """The task is refused with these words, and every other answers as it should."""
+        found = self(bundle)
+        said = found.pop(task)
+        assert isinstance(said, str), f"{task} answered {said}"
+        assert [word for word in words if word not in said] == [], said
+        self.right(found)
+
+    def right(self, found: dict[str, Outcome]) -> None:
+        """Each of the answers is the task's own."""
+        for task, values in found.items():
+            assert not isinstance(values, str), values
+            np.testing.assert_allclose(values, self.good[task], rtol=0, atol=1e-4, err_msg=task)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle that is attacked in copies."""
+    return hand_made_bundle(tmp_path_factory.mktemp("attacked") / "bundle").path
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def good(made: Path) -> dict[str, Array]:
+    """What each task answers when it is loaded alone, from the bundle as it was made."""
+    found = {}
+    for task in TASKS:
+        with engines.load(made, task, threads=1) as session:
+            found[task] = session.run(inputs())["logits"]
+    assert np.abs(found["left"] - found["right"]).max() > 1
+    return found
+
+
+@pytest.fixture(params=[(name, mode) for name in RUNTIMES for mode in MODES], ids="-".join)
+def served(request: pytest.FixtureRequest, good: dict[str, Array]) -> Attacked:
+    name, mode = request.param
+    return Attacked(RUNTIMES[name], mode, good)
