@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 import msgspec
 
-from exporter.bundle.records import SCHEMA, File, Graph, Manifest, Task, all_files
+from exporter.bundle.records import SCHEMA, Engine, File, Graph, Manifest, Task, all_files
 from lora.errors import BundleError
 from lora.wording import printable
 
@@ -87,6 +88,8 @@ def _check_graph(path: Path, digest: str, graph: Graph) -> None:
         refuse("has no outputs")
     if not graph.head.task_type.isprintable():
         refuse(f"is of the task type {graph.head.task_type!r}, which can't be printed")
+    if twice := _double_of(graph.engines):
+        refuse(f"has two {printable(twice.backend)} engines for {twice.target!r}")
     for name, weight in graph.weights.items():
         if weight.order is not None and sorted(weight.order) != list(range(len(weight.shape))):
             refuse(f"stores {name!r} in an order of axes that its shape does not have")
@@ -113,11 +116,26 @@ def _check_task(path: Path, name: str, task: Task, graphs: dict[str, Graph]) -> 
                 f"{path}: task '{name}' has as its part {role!r} a graph of the part {graph.part!r}; export the task"
                 " again"
             )
+        if twice := _double_of(part.engines):
+            raise BundleError(
+                f"{path}: task '{name}' has two {printable(twice.backend)} engines for {twice.target!r}; export the"
+                " task again"
+            )
         if task.labels and graph.head.classifies and graph.head.outputs not in (1, len(task.labels)):
             raise BundleError(
                 f"{path}: task '{name}' has {len(task.labels)} labels, but its head has {graph.head.outputs} outputs;"
                 " export the task again"
             )
+
+
+def _double_of(engines: Iterable[Engine]) -> Engine | None:
+    """An engine whose backend and target another has too; None where each has its own."""
+    seen = set[tuple[str, str]]()
+    for engine in engines:
+        if (engine.backend, engine.target) in seen:
+            return engine
+        seen.add((engine.backend, engine.target))
+    return None
 
 
 def _check_path(path: Path, file: File) -> None:
