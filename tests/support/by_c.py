@@ -36,20 +36,21 @@ class Tensor(ctypes.Structure):
     ]
 
 
-def main(library: str, bundle: str, mode: int, memory: int, backend: int = 0) -> None:
+def main(library: str, bundle: str, mode: int, memory: int, backend: int = 0, threads: int = 1) -> None:
     api = ctypes.CDLL(library)
     api.lorafuse_error.restype = ctypes.c_char_p
     api.lorafuse_output.restype = Tensor
     api.lorafuse_count.restype = ctypes.c_size_t
-    for name in ("lorafuse_task", "lorafuse_label"):
+    for name in ("lorafuse_task", "lorafuse_label", "lorafuse_part"):
         getattr(api, name).restype = ctypes.c_char_p
     api.lorafuse_task.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    api.lorafuse_label.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+    for name in ("lorafuse_label", "lorafuse_part"):
+        getattr(api, name).argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
     for name in ("lorafuse_count", "lorafuse_free", "lorafuse_close"):
         getattr(api, name).argtypes = [ctypes.c_void_p]
     api.lorafuse_output.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     runtime = ctypes.c_void_p()
-    options = Options(mode, backend, 1, memory, None)
+    options = Options(mode, backend, threads, memory, None)
     if api.lorafuse_open(bundle.encode(), ctypes.byref(options), ctypes.byref(runtime)):
         print(json.dumps({"error": api.lorafuse_error().decode()}))
         return
@@ -64,12 +65,14 @@ def texts(get: Callable[[int], bytes | None]) -> list[str]:
     return [text.decode() for text in iter(map(get, itertools.count()).__next__, None)]
 
 
-def answer(api: ctypes.CDLL, runtime: ctypes.c_void_p, request: dict, before: int) -> dict:
+def answer(api: ctypes.CDLL, runtime: ctypes.c_void_p, request: dict, before: int) -> dict | list:
     if request.get("list"):
         tasks = texts(lambda index: api.lorafuse_task(runtime, index))
         return {
             task: texts(lambda index, task=task: api.lorafuse_label(runtime, task.encode(), index)) for task in tasks
         }
+    if request.get("parts"):
+        return texts(lambda index: api.lorafuse_part(runtime, request["task"].encode(), index))
     if request.get("null"):
         return nulls(api, runtime)
     inputs = (Tensor * len(request["inputs"]))()
@@ -84,7 +87,14 @@ def answer(api: ctypes.CDLL, runtime: ctypes.c_void_p, request: dict, before: in
         )
     outputs = ctypes.c_void_p()
     task = None if request["task"] is None else request["task"].encode()
-    if api.lorafuse_run(runtime, task, int(request["adapted"]), inputs, len(inputs), ctypes.byref(outputs)):
+    given = (int(request["adapted"]), inputs, len(inputs), ctypes.byref(outputs))
+    part = request.get("part")
+    refused = (
+        api.lorafuse_run(runtime, task, *given)
+        if part is None
+        else api.lorafuse_run_part(runtime, task, part.encode(), *given)
+    )
+    if refused:
         return {"error": api.lorafuse_error().decode()}
     found = {}
     for index in range(api.lorafuse_count(outputs)):
@@ -117,6 +127,9 @@ def nulls(api: ctypes.CDLL, runtime: ctypes.c_void_p) -> list:
         api.lorafuse_output(none, 0).name,
         api.lorafuse_task(none, 0),
         api.lorafuse_label(runtime, b"nope", 0),
+        api.lorafuse_part(runtime, b"nope", 0),
+        api.lorafuse_part(runtime, None, 0),
+        api.lorafuse_part(none, b"first", 0),
     ]
 
 

@@ -11,6 +11,7 @@ import onnxruntime
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "engines" / "cpp"
+BY_C = Path(__file__).with_name("by_c.py")  # a program
 
 
 def run(*command: str | Path, status: int = 0, text: str | None = None) -> str:

@@ -62,9 +62,9 @@ void run_raw(const lorafuse::Environment& environment, OrtSession* session, cons
 void measure(const std::string& path, const std::string& name, std::int64_t length, int turns,
              const std::string& library) {
     const lorafuse::Bundle bundle(path);
-    const lorafuse::Stored stored(bundle, bundle.task(name));
+    const lorafuse::Stored stored(bundle, bundle.part(bundle.task(name), "model"));
     const auto environment = std::make_shared<const lorafuse::Environment>(library);
-    const lorafuse::Model files{bundle.model(stored.task), bundle.path(), {}, {}};
+    const lorafuse::Model files{bundle.model(stored.part), bundle.path(), {}, {}};
     const lorafuse::Session alone(environment, files, 1), another(environment, files, 1);
     const lorafuse::Session sharing(environment, lorafuse::dedicated_model(bundle, stored, true), 1);
     lorafuse::Options options;
@@ -72,7 +72,7 @@ void measure(const std::string& path, const std::string& name, std::int64_t leng
     lorafuse::Runtime runtime(path, options);
     const std::vector<std::int64_t> ones(static_cast<std::size_t>(length), 1);
     lorafuse::Inputs inputs;
-    for (const lorafuse::Port& port : bundle.inputs(stored.task)) inputs[port.name] = lorafuse::view(ones, {1, length});
+    for (const lorafuse::Port& port : bundle.inputs(stored.part)) inputs[port.name] = lorafuse::view(ones, {1, length});
     runtime.run(name, inputs);
     const auto raw_alone = [&] { run_raw(*environment, alone.handle(), inputs); };
     const auto raw_sharing = [&] { run_raw(*environment, sharing.handle(), inputs); };

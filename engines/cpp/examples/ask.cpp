@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstdio>
 #include <iostream>
+#include <limits>
 #include <numeric>
 #include <sstream>
 #include <string_view>
@@ -19,7 +20,7 @@ using lorafuse::Outputs;
 using Ids = std::vector<std::int64_t>;
 
 struct Arguments {
-    std::string bundle, task;
+    std::string bundle, task, part = "model";
     Ids ids;
     std::int64_t tokens = 0;
     bool adapted = true, raw = false;
@@ -31,8 +32,10 @@ constexpr const char* kUsage =
     "Prints the likeliest class and its logit; of a regression, the value; with --tokens, the tokens that a language "
     "model adds.\n"
     "  --tokens N              generate N tokens\n"
+    "  --part NAME             of a model that has several\n"
     "  --mode dedicated|resident\n"
     "  --backend onnxruntime|tensorrt|tensorrt-rtx\n"
+    "  --threads N             of ONNX Runtime, 1 unless given; 0: every core\n"
     "  --memory BYTES          of weights that tasks may hold\n"
     "  --unadapted             the base under the task's head\n"
     "  --onnxruntime PATH      ONNX Runtime's library\n"
@@ -45,6 +48,13 @@ std::int64_t number_of(const std::string& name, const std::string& text) {
         throw lorafuse::Error(name + " '" + text + "': expected a whole number, 0 or more");
     }
     return number;
+}
+
+int threads_of(const std::string& name, const std::string& text) {
+    const std::int64_t threads = number_of(name, text);
+    if (threads > std::numeric_limits<int>::max())
+        throw lorafuse::Error(name + " " + text + ": more than any machine has");
+    return static_cast<int>(threads);
 }
 
 Ids ids_of(const std::string& text) {
@@ -78,9 +88,11 @@ Arguments arguments_of(int count, char** values) {
         };
         if (name == "--task") arguments.task = value();
         else if (name == "--ids") arguments.ids = ids_of(value());
+        else if (name == "--part") arguments.part = value();
         else if (name == "--tokens") arguments.tokens = number_of(name, value());
         else if (name == "--mode") arguments.options.mode = mode_of(value());
         else if (name == "--backend") arguments.options.backend = backend_of(value());
+        else if (name == "--threads") arguments.options.threads = threads_of(name, value());
         else if (name == "--memory") arguments.options.memory = static_cast<std::uint64_t>(number_of(name, value()));
         else if (name == "--onnxruntime") arguments.options.onnxruntime = value();
         else if (name == "--unadapted") arguments.adapted = false;
@@ -148,11 +160,11 @@ private:
 };
 
 // The likeliest tokens, one after the other.
-Ids generate(const lorafuse::Task& task, Row row, Ids ids, std::int64_t count) {
+Ids generate(const lorafuse::Task& task, const std::string& part, Row row, Ids ids, std::int64_t count) {
     Ids tokens;
     Outputs outputs;
     while (static_cast<std::int64_t>(tokens.size()) < count) {
-        outputs = task.run(row.inputs(ids, outputs));
+        outputs = task.run(row.inputs(ids, outputs), part);
         const lorafuse::Tensor& logits = logits_of(outputs);
         const float* end = logits.data<float>() + logits.count();
         const float* last = end - logits.shape().back();
@@ -175,18 +187,18 @@ void print_raw(const Outputs& outputs) {
 void answer(const Arguments& arguments) {
     lorafuse::Runtime runtime(arguments.bundle, arguments.options);
     const lorafuse::Task task = runtime.use(arguments.task, arguments.adapted);
-    const std::vector<lorafuse::Port> ports = runtime.inputs(arguments.task);
+    const std::vector<lorafuse::Port> ports = runtime.inputs(arguments.task, arguments.part);
     Row row(ports);
     if (arguments.tokens > 0) {
         if (std::none_of(ports.begin(), ports.end(), is_cache))
             throw lorafuse::Error("task '" + arguments.task + "' generates no tokens");
         std::string text;
-        for (const std::int64_t token : generate(task, row, arguments.ids, arguments.tokens))
+        for (const std::int64_t token : generate(task, arguments.part, row, arguments.ids, arguments.tokens))
             text += (text.empty() ? "" : ",") + std::to_string(token);
         std::cout << text << '\n';
         return;
     }
-    const Outputs outputs = task.run(row.inputs(arguments.ids, {}));
+    const Outputs outputs = task.run(row.inputs(arguments.ids, {}), arguments.part);
     if (arguments.raw) return print_raw(outputs);
     const lorafuse::Tensor& logits = logits_of(outputs);
     const float* first = logits.data<float>();

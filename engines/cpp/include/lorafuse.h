@@ -70,6 +70,13 @@ LORAFUSE_API const char* lorafuse_label(const lorafuse_runtime* runtime, const c
 /* Run a task; with `adapted` 0, the base under the task's head. Free the outputs with lorafuse_free. */
 LORAFUSE_API int lorafuse_run(lorafuse_runtime* runtime, const char* task, int adapted, const lorafuse_tensor* inputs,
                               size_t count, lorafuse_outputs** outputs);
+
+/* The same of one part of a task whose model has several, such as two towers; NULL: the one part of a model of one.
+ * The part's role at `index`, in the order of the names; NULL behind the last one. It lives as long as the runtime. */
+LORAFUSE_API int lorafuse_run_part(lorafuse_runtime* runtime, const char* task, const char* part, int adapted,
+                                   const lorafuse_tensor* inputs, size_t count, lorafuse_outputs** outputs);
+LORAFUSE_API const char* lorafuse_part(const lorafuse_runtime* runtime, const char* task, size_t index);
+
 LORAFUSE_API size_t lorafuse_count(const lorafuse_outputs* outputs);
 
 /* The output at `index`, in the order of the names; its memory belongs to `outputs`. Behind the last one, its name is

@@ -29,6 +29,37 @@ struct stat stat_of(const fs::path& path) {
     refuse(path, "can't be read (" + std::generic_category().message(errno) + ")");
 }
 
+std::string described(const std::string& dtype, const std::vector<std::int64_t>& shape) {
+    std::string sizes;
+    for (const std::int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+    return dtype + " [" + sizes + "]";
+}
+
+// A weight of a graph, with the tensor that a file has of it.
+struct Found {
+    const std::string& name;
+    const WeightRecord& weight;
+    const TensorView& tensor;
+
+    bool fits() const { return tensor.shape == weight.shape && name_of(tensor.dtype) == weight.dtype; }
+
+    void check(const fs::path& path) const {
+        if (fits()) return;
+        refuse(path, "tensor " + in_quotes(key_of(name, weight)) + " is " +
+                         described(name_of(tensor.dtype), tensor.shape) + ", but the manifest says " +
+                         described(printable(weight.dtype), weight.shape));
+    }
+};
+
+std::vector<Found> found_in(const TensorFile& file, const Graph& graph) {
+    std::vector<Found> all;
+    for (const auto& [name, weight] : graph.weights) {
+        const auto tensor = file.tensors().find(key_of(name, weight));
+        if (tensor != file.tensors().end()) all.push_back({name, weight, tensor->second});
+    }
+    return all;
+}
+
 }  // namespace
 
 const TaskRecord& Bundle::task(const std::string& name) const {
@@ -42,49 +73,82 @@ const TaskRecord& Bundle::task(const std::string& name) const {
     return found->second;
 }
 
-std::vector<Port> Bundle::inputs(const TaskRecord& task) const {
+TaskPart Bundle::part(const TaskRecord& task, const std::string& role) const {
+    const auto found = task.parts.find(role);
+    if (found == task.parts.end()) {
+        std::string known;
+        for (const auto& [name, _] : task.parts) known += (known.empty() ? "" : ", ") + name;
+        throw Error(path_.string() + ": task '" + task.name + "' has no part '" + role + "'; give one of its parts: " +
+                    known);
+    }
+    return {task, found->second, manifest_.graphs.at(found->second.graph)};
+}
+
+std::vector<TaskPart> Bundle::parts(const TaskRecord& task) const {
+    std::vector<TaskPart> parts;
+    for (const auto& [role, _] : task.parts) parts.push_back(part(task, role));
+    return parts;
+}
+
+std::vector<Port> Bundle::inputs(const TaskPart& part) const {
     std::vector<Port> ports;
-    for (const PortRecord& port : graph(task).inputs) {
+    for (const PortRecord& port : part.graph.inputs) {
         const std::optional<DType> dtype = dtype_named(port.dtype);
         if (!dtype) {
-            throw Error(path_.string() + ": task '" + task.name + "' takes " + in_quotes(port.dtype) + " as " +
-                        in_quotes(port.name) + ", a dtype that there is not; export the task again");
+            throw Error(path_.string() + ": task '" + part.task.name + "' takes " + in_quotes(port.dtype) + " as " +
+                        in_quotes(port.name) + ", a dtype that is not known; export the task again");
         }
         ports.push_back({port.name, *dtype, port.shape});
     }
     return ports;
 }
 
-std::string Bundle::model(const TaskRecord& task) const {
-    const MappedFile file(checked(task.model));
+std::string Bundle::model(const TaskPart& part) const {
+    const MappedFile file(checked(part.part.model));
     return {reinterpret_cast<const char*>(file.data()), file.size()};
 }
 
-Weights Bundle::base_weights(const TaskRecord& task) const {
-    Weights base = opened(manifest_.base_weights, task);
-    for (const auto& [name, own] : own_weights(task).tensors) {  // a head of another size is another graph's
-        const auto found = base.tensors.find(name);
-        if (found != base.tensors.end() && found->second.shape != own.shape) base.tensors.erase(found);
+Weights Bundle::own_weights(const TaskPart& part) const {
+    if (!part.part.weights) return {};
+    Weights own;
+    const auto& file = own.files.emplace_back(mapped(*part.part.weights));
+    for (const Found& found : found_in(*file, part.graph)) {
+        found.check(path_ / part.part.weights->path);
+        own.tensors[found.name] = found.tensor;
+    }
+    return own;
+}
+
+Weights Bundle::base_weights(const TaskPart& part, const Weights& own) const {
+    Weights base;
+    for (const File& of_base : manifest_.base_weights) {
+        const auto& file = base.files.emplace_back(mapped(of_base));
+        for (const Found& found : found_in(*file, part.graph)) {
+            if (!found.fits() && own.tensors.count(found.name) != 0) continue;  // a head of another size
+            found.check(path_ / of_base.path);
+            base.tensors[found.name] = found.tensor;
+        }
     }
     return base;
 }
 
-Weights Bundle::own_weights(const TaskRecord& task) const {
-    return task.weights ? opened({*task.weights}, task) : Weights{};
+std::string Bundle::weights_sha256(const TaskPart& part, bool adapted) const {
+    std::string identified = manifest_.base_sha256 + " " + manifest_.precision;
+    if (adapted) {
+        if (part.part.weights) identified += " " + part.part.weights->sha256;
+        identified += " " + part.task.adapter_sha256;
+    }
+    return sha256(identified.data(), identified.size());
 }
 
-std::string Bundle::weights_sha256(const TaskRecord* task) const {
-    std::string told = manifest_.base_sha256 + " " + manifest_.precision;
-    if (task != nullptr) told += (task->weights ? " " + task->weights->sha256 : "") + " " + task->adapter_sha256;
-    return sha256(told.data(), told.size());
-}
-
-std::set<std::string> Bundle::own_names(const TaskRecord& task) const {
+std::set<std::string> Bundle::own_names(const TaskPart& part) const {
     std::set<std::string> names;
-    if (!task.weights) return names;
-    const TensorFile file(present(*task.weights));
-    for (const auto& [name, key] : graph(task).weights) {
-        if (file.tensors().count(key) != 0) names.insert(name);
+    if (!part.part.weights) return names;
+    const fs::path path = present(*part.part.weights);
+    const TensorFile file(path);
+    for (const Found& found : found_in(file, part.graph)) {
+        found.check(path);
+        names.insert(found.name);
     }
     return names;
 }
@@ -122,18 +186,6 @@ fs::path Bundle::checked(const File& file) const {
         seen_[file.path] = state;
     }
     return path;
-}
-
-Weights Bundle::opened(const std::vector<File>& files, const TaskRecord& task) const {
-    Weights weights;
-    for (const File& file : files) {
-        weights.files.push_back(mapped(file));
-        const auto& tensors = weights.files.back()->tensors();
-        for (const auto& [name, key] : graph(task).weights) {
-            if (const auto found = tensors.find(key); found != tensors.end()) weights.tensors[name] = found->second;
-        }
-    }
-    return weights;
 }
 
 std::shared_ptr<const TensorFile> Bundle::mapped(const File& file) const {

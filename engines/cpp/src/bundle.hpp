@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "manifest.hpp"
+#include "manifest_checks.hpp"
 #include "safetensors.hpp"
 
 namespace lorafuse {
@@ -22,6 +23,15 @@ struct Weights {
     std::map<std::string, TensorView> tensors;
 };
 
+// A part of a task, with its graph: what is recorded of it. The bundle must outlive it.
+struct TaskPart {
+    const TaskRecord& task;
+    const PartRecord& part;
+    const Graph& graph;
+
+    const std::string& role() const { return graph.part; }
+};
+
 class Bundle {
 public:
     explicit Bundle(const std::filesystem::path& path) : path_(tidy(path)), manifest_(read_manifest(path_)) {}
@@ -29,33 +39,36 @@ public:
     const std::filesystem::path& path() const { return path_; }
     const Manifest& manifest() const { return manifest_; }
 
-    // Throws Error listing the tasks there are.
+    // Each throws Error listing the tasks, or the task's parts, that there are.
     const TaskRecord& task(const std::string& name) const;
-    const Graph& graph(const TaskRecord& task) const { return manifest_.graphs.at(task.graph); }
+    TaskPart part(const TaskRecord& task, const std::string& role) const;
 
-    // What the task's graph takes. Throws Error where that is of a dtype that engines don't have.
-    std::vector<Port> inputs(const TaskRecord& task) const;
+    // All parts of a task, in the order of their roles.
+    std::vector<TaskPart> parts(const TaskRecord& task) const;
 
-    // The task's ONNX graph, and the parameters that are the base's and the task's own, after the files' hashes were
-    // compared. A base's own head is not among them where the task brought one of another size.
-    std::string model(const TaskRecord& task) const;
-    Weights base_weights(const TaskRecord& task) const;
-    Weights own_weights(const TaskRecord& task) const;
+    // What the part's graph takes. Throws Error where that is of a dtype that engines don't have.
+    std::vector<Port> inputs(const TaskPart& part) const;
 
-    // What an engine's weights are told by: the base, and what the task adds (none: nothing).
-    std::string weights_sha256(const TaskRecord* task) const;
+    // The part's ONNX graph, and the parameters that are the task's own and the base's, after the files' hashes were
+    // compared. Throws Error where a tensor has another shape or dtype than the graph reads; but a base's own head may
+    // have another size than the task's `own`, and is then not among the base's.
+    std::string model(const TaskPart& part) const;
+    Weights own_weights(const TaskPart& part) const;
+    Weights base_weights(const TaskPart& part, const Weights& own) const;
+
+    // Identifies the weights that an engine was built from: the base's, and with `adapted` those that the task adds.
+    std::string weights_sha256(const TaskPart& part, bool adapted) const;
 
     // The file's path, after its size and SHA-256 were compared. Throws Error when they differ or it is missing.
     std::filesystem::path checked(const File& file) const;
 
     // The names of `own_weights`, from the file's header alone: nothing is hashed, for no value is read.
-    std::set<std::string> own_names(const TaskRecord& task) const;
+    std::set<std::string> own_names(const TaskPart& part) const;
 
 private:
     using State = std::tuple<ino_t, off_t, time_t, long>;
 
     std::filesystem::path present(const File& file) const;
-    Weights opened(const std::vector<File>& files, const TaskRecord& task) const;
     std::shared_ptr<const TensorFile> mapped(const File& file) const;
 
     std::filesystem::path path_;

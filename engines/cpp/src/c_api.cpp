@@ -1,3 +1,4 @@
+#include <map>
 #include <new>
 #include <string>
 #include <utility>
@@ -9,6 +10,7 @@
 struct lorafuse_runtime {
     lorafuse::Runtime runtime;
     std::vector<std::string> tasks;
+    std::map<std::string, std::vector<std::string>> parts;  // the roles, by task
 };
 
 struct lorafuse_outputs {
@@ -80,7 +82,9 @@ lorafuse::Inputs inputs_of(const lorafuse_tensor* tensors, size_t count) {
 lorafuse_runtime* opened(const char* bundle, const lorafuse_options* options) {
     lorafuse::Runtime runtime(given(bundle, "the bundle"), options_of(options));
     std::vector<std::string> tasks = runtime.tasks();
-    return new lorafuse_runtime{std::move(runtime), std::move(tasks)};
+    std::map<std::string, std::vector<std::string>> parts;
+    for (const std::string& task : tasks) parts[task] = runtime.parts(task);
+    return new lorafuse_runtime{std::move(runtime), std::move(tasks), std::move(parts)};
 }
 
 }  // namespace
@@ -109,14 +113,26 @@ const char* lorafuse_label(const lorafuse_runtime* runtime, const char* task, si
     return label;
 }
 
-int lorafuse_run(lorafuse_runtime* runtime, const char* task, int adapted, const lorafuse_tensor* inputs, size_t count,
-                 lorafuse_outputs** outputs) {
+const char* lorafuse_part(const lorafuse_runtime* runtime, const char* task, size_t index) {
+    if (runtime == nullptr || task == nullptr) return nullptr;
+    const auto found = runtime->parts.find(task);
+    return found != runtime->parts.end() && index < found->second.size() ? found->second[index].c_str() : nullptr;
+}
+
+int lorafuse_run_part(lorafuse_runtime* runtime, const char* task, const char* part, int adapted,
+                      const lorafuse_tensor* inputs, size_t count, lorafuse_outputs** outputs) {
     return guarded([&] {
         given(outputs, "where the outputs go");
         lorafuse::Runtime& opened = given(runtime, "the runtime")->runtime;
-        lorafuse::Outputs found = opened.run(given(task, "the task"), inputs_of(inputs, count), adapted != 0);
+        const std::string role = part == nullptr ? "model" : part;
+        lorafuse::Outputs found = opened.run(given(task, "the task"), inputs_of(inputs, count), adapted != 0, role);
         *outputs = new lorafuse_outputs{{found.begin(), found.end()}};
     });
+}
+
+int lorafuse_run(lorafuse_runtime* runtime, const char* task, int adapted, const lorafuse_tensor* inputs, size_t count,
+                 lorafuse_outputs** outputs) {
+    return lorafuse_run_part(runtime, task, nullptr, adapted, inputs, count, outputs);
 }
 
 size_t lorafuse_count(const lorafuse_outputs* outputs) { return outputs == nullptr ? 0 : outputs->tensors.size(); }

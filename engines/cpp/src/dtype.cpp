@@ -31,7 +31,9 @@ std::optional<DType> found(Matches matches) {
 const DTypeNames& names_of(DType dtype) {
     const auto it =
         std::find_if(kDTypes.begin(), kDTypes.end(), [&](const DTypeNames& known) { return known.dtype == dtype; });
-    if (it == kDTypes.end()) throw Error("a dtype that there is not; expected one of lorafuse::DType");
+    if (it == kDTypes.end()) {
+        throw Error("unknown dtype " + std::to_string(static_cast<int>(dtype)) + "; expected one of lorafuse::DType");
+    }
     return *it;
 }
 

@@ -1,4 +1,4 @@
-// What a backend is to the runtime: it loads tasks, and a loaded task answers.
+// What a backend is to the runtime: it loads the parts of tasks, and a loaded part answers.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace lorafuse {
 
-// A task that is loaded. It may be asked from any thread.
+// A part of a task that is loaded. It may be asked from any thread.
 class Loaded {
 public:
     virtual ~Loaded() = default;
@@ -23,11 +23,11 @@ public:
     // Whether the backend takes tasks that are stored as this one is.
     virtual bool takes(const TaskRecord& task) const = 0;
 
-    // Throws Error when the task can't be loaded. Without `adapted`, the base under the task's head.
-    virtual std::shared_ptr<const Loaded> load(const TaskRecord& task, bool adapted) = 0;
+    // Throws Error when the part can't be loaded. Without `adapted`, the base under the task's head.
+    virtual std::shared_ptr<const Loaded> load(const TaskPart& part, bool adapted) = 0;
 
-    // The bytes of weights that the task holds beside the base.
-    virtual std::uint64_t cost(const TaskRecord& task, bool adapted) const = 0;
+    // The bytes of weights that the part holds beside the base.
+    virtual std::uint64_t cost(const TaskPart& part, bool adapted) const = 0;
 };
 
 // Each throws Error when its library can't be used, or not as the options say.

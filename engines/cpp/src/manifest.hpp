@@ -1,4 +1,4 @@
-// The bundle's manifest, as docs/bundle.md and exporter/bundle/manifest.py have it; here as far as a runtime needs it,
+// The bundle's manifest, as docs/bundle.md and exporter/bundle/records.py have it; here as far as a runtime needs it,
 // but checked whole.
 #pragma once
 
@@ -14,7 +14,8 @@
 
 namespace lorafuse {
 
-constexpr std::int64_t kSchema = 3;
+constexpr std::int64_t kSchema = 4;
+constexpr const char* kManifest = "manifest.json";
 
 struct File {
     std::string path;  // relative to the bundle
@@ -22,7 +23,10 @@ struct File {
     std::string sha256;
 };
 
-// An input of a graph, whose dtype need not be one that engines take.
+// Every file that a manifest names, whether a runtime reads it or not: each path is checked.
+using Files = std::vector<File>;
+
+// An input or output of a graph, whose dtype need not be one that engines take.
 struct PortRecord {
     std::string name, dtype;
     std::vector<std::variant<std::int64_t, std::string>> shape;
@@ -34,7 +38,18 @@ struct EngineRecord {
     std::optional<File> file;
 };
 
-using Engines = std::map<std::string, EngineRecord>;  // by backend
+using Engines = std::vector<EngineRecord>;  // of a backend, one for each target
+
+// A weight as the graph reads it.
+struct WeightRecord {
+    std::optional<std::vector<std::int64_t>> order;  // of the axes of the model's parameter, in which it is stored
+    std::vector<std::int64_t> shape;
+    std::string dtype;
+    std::string stored;  // "plain", or the type of the integers that stand for it
+};
+
+// The name under which a weights file keeps a parameter: it says the axis order.
+std::string key_of(const std::string& name, const WeightRecord& weight);
 
 struct Head {
     std::string task_type;
@@ -42,21 +57,27 @@ struct Head {
 };
 
 struct Graph {
+    std::string part;  // of the model, whose graph it is
     Head head;
     std::vector<PortRecord> inputs, outputs;
-    std::map<std::string, std::string> weights;  // each parameter's name, and its key in a weights file
-    Engines engines;                             // of the unadapted model
+    std::map<std::string, WeightRecord> weights;  // by the parameter's name
+    Engines engines;                              // of the unadapted graph
+};
+
+// What a task has of a part of the model.
+struct PartRecord {
+    std::string graph;
+    File model;
+    std::optional<File> weights;
+    Engines engines;
 };
 
 struct TaskRecord {
     std::string name;
-    std::string graph;
-    File model;
-    std::optional<File> weights;
-    bool factors;  // merged when it is loaded
+    std::map<std::string, PartRecord> parts;  // by role
+    bool factors;                             // merged when it is loaded
     std::string adapter_sha256;
     std::vector<std::string> labels;
-    Engines engines;
 };
 
 struct Manifest {
@@ -66,9 +87,6 @@ struct Manifest {
     std::map<std::string, Graph> graphs;
     std::map<std::string, TaskRecord> tasks;
 };
-
-// The path as Python shows it: without needless dots and slashes.
-std::filesystem::path tidy(const std::filesystem::path& path);
 
 // The manifest of the bundle in `bundle`. Throws Error when it is none, is damaged, is of another schema or leads out
 // of the bundle.

@@ -9,16 +9,16 @@
 
 namespace lorafuse {
 
-// A task's weights, as the bundle stores them.
+// The weights of a part of a task, as the bundle stores them.
 struct Stored {
-    Stored(const Bundle& bundle, const TaskRecord& of)
-        : task(of), base(bundle.base_weights(of)), own(bundle.own_weights(of)) {}
+    Stored(const Bundle& bundle, const TaskPart& of)
+        : part(of), own(bundle.own_weights(of)), base(bundle.base_weights(of, own)) {}
 
-    const TaskRecord& task;
-    Weights base, own;
+    TaskPart part;
+    Weights own, base;
 };
 
-// A session of one task; without `adapted`, of the base under the task's head.
+// A session of one task's part; without `adapted`, of the base under the task's head.
 Model dedicated_model(const Bundle& bundle, const Stored& stored, bool adapted);
 
 // A session of all the tasks of a graph, which takes the weights in `exchanged` with each run.

@@ -1,4 +1,4 @@
-// The plan that was built for a task, and whether it may be used here.
+// The plan that was built for a part of a task, and whether it may be used here.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +25,11 @@ struct Library {
 // Whether a plan for `target` runs on a device of this capability: "portable", "8.0+", "8.9" or "8.6, 8.9".
 bool runs_on(const std::string& target, int major, int minor);
 
-// The bytes of the task's own plan, or without `adapted` of the unadapted graph's. Throws Error where there is none.
-std::uint64_t plan_size(const Bundle& bundle, const TaskRecord& task, bool adapted, const std::string& backend);
+// The bytes of the part's own plan for this device, or without `adapted` of the unadapted graph's. Throws Error where
+// there is none.
+std::uint64_t plan_size(const Bundle& bundle, const TaskPart& part, bool adapted, const Library& library);
 
 // The plan's path. Throws Error when it is damaged, of an earlier export, of another version, or for another device.
-std::filesystem::path plan_of(const Bundle& bundle, const TaskRecord& task, bool adapted, const Library& library);
+std::filesystem::path plan_of(const Bundle& bundle, const TaskPart& part, bool adapted, const Library& library);
 
 }  // namespace lorafuse

@@ -72,12 +72,6 @@ std::string_view beginning(std::string_view text, std::size_t characters) {
     return text.substr(0, end);
 }
 
-std::string in_quotes(std::string_view text) {
-    const char quote =
-        text.find('\'') != std::string_view::npos && text.find('"') == std::string_view::npos ? '"' : '\'';
-    std::string content;
-    for (const char c : text) content += c == '\\' || c == quote ? std::string{'\\', c} : std::string{c};
-    return quote + printable(content) + quote;
-}
+std::string in_quotes(std::string_view text) { return "'" + printable(text) + "'"; }
 
 }  // namespace lorafuse

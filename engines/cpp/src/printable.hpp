@@ -10,10 +10,10 @@ namespace lorafuse {
 // private ones.
 bool is_printable(std::string_view text);
 
-// The text with those characters escaped, as Python's unicode_escape has them.
+// The text with those characters escaped.
 std::string printable(std::string_view text);
 
-// The same in quotes, as Python's repr: backslashes and quotes are escaped too.
+// The same in quotes.
 std::string in_quotes(std::string_view text);
 
 // The first characters of the UTF-8 text.

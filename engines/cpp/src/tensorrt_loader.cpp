@@ -265,17 +265,19 @@ public:
     // The plan has the weights, merged.
     bool takes(const TaskRecord&) const override { return true; }
 
-    std::shared_ptr<const Loaded> load(const TaskRecord& task, bool adapted) override {
-        const std::filesystem::path plan = plan_of(bundle_, task, adapted, {kBackend, version(), first_device});
+    std::shared_ptr<const Loaded> load(const TaskPart& part, bool adapted) override {
+        const std::filesystem::path plan = plan_of(bundle_, part, adapted, library());
         const OnFirstDevice here;
         return {new Plan(plan), unload};
     }
 
-    std::uint64_t cost(const TaskRecord& task, bool adapted) const override {
-        return plan_size(bundle_, task, adapted, kBackend);
+    std::uint64_t cost(const TaskPart& part, bool adapted) const override {
+        return plan_size(bundle_, part, adapted, library());
     }
 
 private:
+    static Library library() { return {kBackend, version(), first_device}; }
+
     const Bundle& bundle_;
 };
 

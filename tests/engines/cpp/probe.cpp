@@ -54,8 +54,8 @@ void plan(const std::string& path, const std::string& task, bool adapted, const 
     const lorafuse::Bundle bundle(path);
     const auto device = [&] { return lorafuse::Device{"A GPU", major, minor}; };
     try {
-        std::cout << lorafuse::plan_of(bundle, bundle.task(task), adapted, {"tensorrt-rtx", version, device}).string()
-                  << '\n';
+        const lorafuse::TaskPart part = bundle.part(bundle.task(task), "model");
+        std::cout << lorafuse::plan_of(bundle, part, adapted, {"tensorrt-rtx", version, device}).string() << '\n';
     } catch (const lorafuse::Error& error) {
         std::cout << error.what() << '\n';
     }

@@ -5,6 +5,7 @@ the wheel's ONNX Runtime.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import peft
 import pytest
 import torch
 import transformers
-from compiled import HERE, Built, run
+from compiled import BY_C, Built, run
+from tiny_models import IMAGE, TEXT
 
 import engines
 import exporter
@@ -32,6 +34,7 @@ from lora.files.tensorfile import Array
 
 MODES = ("dedicated", "resident")
 IDS = (101, 2307, 3185, 2003, 102)
+FEW_IDS = (5, 17, 42, 2)  # of a small vocabulary
 
 
 @pytest.fixture
@@ -54,6 +57,26 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_task(Request(folder / "base", folder / "adapter", "chat"), folder / "bundle").bundle
 
 
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A tiny CLIP, and two adapters over both of its towers and their projections."""
+    folder = tmp_path_factory.mktemp("towers")
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        vision_config=dict(IMAGE, projection_dim=16),
+        text_config=dict(TEXT, projection_dim=16, eos_token_id=2),
+        projection_dim=16,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder / "base")
+    targets = ["q_proj", "v_proj", "text_projection", "visual_projection"]
+    for name in ("one", "other"):
+        model = transformers.CLIPModel.from_pretrained(folder / "base")
+        lora = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        peft.get_peft_model(model, lora).save_pretrained(str(folder / name))
+        export_task(Request(folder / "base", folder / name, name), folder / "bundle")
+    return open_bundle(folder / "bundle")
+
+
 def one_row(graph: Graph, ids: tuple[int, ...]) -> dict[str, Array]:
     row = np.array([ids], np.int64)
     known = {
@@ -71,11 +94,12 @@ def in_python(bundle: Bundle, task: str, mode: Any, adapted: bool) -> dict[str, 
     return {name: values.tobytes() for name, values in outputs.items()}
 
 
-def in_cpp(built: Built, bundle: Bundle, task: str, mode: str, adapted: bool) -> dict[str, bytes]:
-    ids = ",".join(map(str, IDS))
-    said = built.ask(
-        bundle.path, "--task", task, "--ids", ids, "--mode", mode, "--raw", *([] if adapted else ["--unadapted"])
-    )
+def in_cpp(
+    built: Built, bundle: Bundle, task: str, mode: str, adapted: bool, part: str = "model", row: tuple[int, ...] = IDS
+) -> dict[str, bytes]:
+    ids = ",".join(map(str, row))
+    which = ("--part", part, *([] if adapted else ["--unadapted"]))
+    said = built.ask(bundle.path, "--task", task, "--ids", ids, "--mode", mode, "--raw", *which)
     return {name: bytes.fromhex(values) for name, values in (line.split(" ") for line in said.splitlines())}
 
 
@@ -128,7 +152,8 @@ def test_the_example_prints_the_class_or_the_value(built: Built, real_bundle: Bu
 @pytest.mark.parametrize("mode", MODES)
 def test_threads_get_their_own_tasks_answers(built: Built, bundle: Bundle, mode: str):
     """With room for two tasks, so that they are given up and loaded again all the time."""
-    budget = 2 * max(task.weights.size for task in bundle.manifest.tasks.values() if task.weights)
+    parts = [part for task in bundle.manifest.tasks.values() for part in task.parts.values()]
+    budget = 2 * max(part.weights.size for part in parts if part.weights)
     assert built.probe("threads", bundle.path, mode, str(budget)) == "100 answers, 0 wrong, 2 loaded\n"
 
 
@@ -153,12 +178,12 @@ def ask_by_c(built: Built) -> Iterator[Any]:
     running: list[subprocess.Popen[str]] = []
 
     def opened(bundle: Path, mode: int = 0, memory: int = 0) -> Any:
-        command = [sys.executable, HERE / "by_c.py", built.shared / "liblorafuse.so", bundle, str(mode), str(memory)]
+        command = [sys.executable, BY_C, built.shared / "liblorafuse.so", bundle, str(mode), str(memory)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         running.append(process)
 
         def ask(
-            task: str | None, inputs: Mapping[str | None, Array | Longer], adapted: bool = True, **more: bool
+            task: str | None, inputs: Mapping[str | None, Array | Longer], adapted: bool = True, **more: bool | str
         ) -> Any:
             given = [
                 {"name": name, "dtype": str(array.dtype), "shape": array.shape, "data": array.tobytes().hex()}
@@ -217,8 +242,62 @@ def test_what_c_can_do_wrong_is_refused(ask_by_c: Any, bundle: Bundle):
     assert ask("dense", {"input_ids": Longer(ids)}) == {"error": "input 'input_ids' has 40 bytes; its shape takes 32"}
     names = [port.name for port in task_part(bundle, "dense").graph.inputs]
     assert ask("dense", dict.fromkeys(names, ids.astype(np.int8))) == {
-        "error": "a dtype that there is not; expected one of lorafuse::DType"
+        "error": "unknown dtype 99; expected one of lorafuse::DType"
     }
+
+
+def drawn_inputs(bundle: Bundle, task: str, part: str) -> dict[str, Array]:
+    vocabulary = TEXT["vocab_size"]  # the smallest of the bases
+    return random_inputs(task_part(bundle, task, part).graph, vocabulary, sizes(2, 7), seed=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_both_towers_of_clip_answer_with_the_same_bits(built: Built, ask_by_c: Any, towers: Bundle, mode: Any):
+    """One adapter over a model of two parts: from C++ and through C, adapted and not, from one task to another."""
+    ask = ask_by_c(towers.path, MODES.index(mode))
+    seen = set()
+    with engines.open(towers.path, mode, threads=1) as runtime:
+        for task, adapted in (("one", True), ("other", True), ("one", False), ("one", True)):
+            for part in ("vision", "text"):
+                inputs = drawn_inputs(towers, task, part)
+                wanted = runtime.run(task, inputs, adapted, part)
+                given = ask(task, inputs, adapted, part=part)["outputs"]
+                assert given == {
+                    name: {"shape": list(values.shape), "data": values.tobytes().hex()}
+                    for name, values in wanted.items()
+                }
+                seen.add(json.dumps(given))
+            row = runtime.run(task, one_row(task_part(towers, task, "text").graph, FEW_IDS), adapted, "text")
+            in_bytes = {name: values.tobytes() for name, values in row.items()}
+            assert in_cpp(built, towers, task, mode, adapted, "text", FEW_IDS) == in_bytes
+    assert len(seen) == 6
+
+
+def test_of_a_model_of_several_parts_one_must_be_named(built: Built, ask_by_c: Any, towers: Bundle, bundle: Bundle):
+    ask = ask_by_c(towers.path)
+    assert ask("one", {}, parts=True) == ["text", "vision"]
+    with engines.open(towers.path, threads=1) as runtime:
+        for part in ("model", "audio"):
+            with pytest.raises(EngineError) as refused:
+                runtime.run("one", {}, part=part)
+            assert ask("one", {}, part=part) == {"error": str(refused.value)}
+        assert ask("one", {}) == {"error": "task 'one' has no part 'model'; give one of its parts: text, vision"}
+    said = built.ask(towers.path, "--task", "one", "--ids", "1", status=3)
+    assert said == (
+        f"lorafuse-ask: {towers.path}: task 'one' has no part 'model'; give one of its parts: text, vision\n"
+    )
+    whole = ask_by_c(bundle.path)
+    assert whole("dense", {}, parts=True) == ["model"]
+    inputs = drawn_inputs(bundle, "dense", "model")
+    assert whole("dense", inputs, part="model")["outputs"] == whole("dense", inputs)["outputs"]
+
+
+@pytest.mark.parametrize("threads", [-1, 10**6])
+def test_threads_that_the_machine_does_not_have_are_refused_through_c(built: Built, bundle: Bundle, threads: int):
+    library = built.shared / "liblorafuse.so"
+    printed = run(sys.executable, BY_C, library, bundle.path, "0", "0", "0", str(threads))
+    said = f"threads {threads}: expected 0 for every core, or 1 to {os.cpu_count()}, which this machine has"
+    assert json.loads(printed) == {"error": said}
 
 
 @pytest.mark.parametrize(
@@ -230,9 +309,7 @@ def test_what_c_can_do_wrong_is_refused(ask_by_c: Any, bundle: Bundle):
     ],
 )
 def test_an_option_of_c_that_there_is_not_is_refused(built: Built, bundle: Bundle, mode: int, backend: int, said: str):
-    printed = run(
-        sys.executable, HERE / "by_c.py", built.shared / "liblorafuse.so", bundle.path, str(mode), "0", str(backend)
-    )
+    printed = run(sys.executable, BY_C, built.shared / "liblorafuse.so", bundle.path, str(mode), "0", str(backend))
     assert json.loads(printed) == {"error": said}
 
 
@@ -251,7 +328,8 @@ def test_null_where_c_may_not_give_it_is_refused(ask_by_c: Any, bundle: Bundle):
         "where the outputs go",
         "an input's shape",
     )
-    assert ask_by_c(bundle.path)("", {}, null=True) == [*(f"{where} is NULL" for where in wheres), 0, None, None, None]
+    nothing = [None] * 6  # an output, a task, a label, and parts
+    assert ask_by_c(bundle.path)("", {}, null=True) == [*(f"{where} is NULL" for where in wheres), 0, *nothing]
 
 
 class Grid(torch.nn.Module):

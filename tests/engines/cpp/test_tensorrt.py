@@ -5,6 +5,7 @@ running needs a device.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Library:
 
 def in_python(bundle: Bundle, library: Library, adapted: bool = True) -> str:
     try:
-        return str(plan_of(bundle, "first", RTX, library, adapted))  # type: ignore[arg-type]  # no builder
+        return str(plan_of(task_part(bundle, "first"), RTX, library, adapted))  # type: ignore[arg-type]  # no builder
     except LorafuseError as error:
         return str(error)
 
@@ -69,18 +70,27 @@ def in_cpp(built: Built, bundle: Bundle, library: Library, adapted: bool = True)
     ).rstrip("\n")
 
 
-def recorded(path: Path, **changes: Any) -> Bundle:
-    """The bundle whose manifest says something else of the engine."""
+def with_engines(path: Path, *engines: Engine) -> Bundle:
+    """The bundle whose manifest says that the task has these engines."""
     manifest = open_bundle(path).manifest
-    record = manifest.tasks["first"]
-    engine: Engine = msgspec.structs.replace(record.engines[RTX], **changes)
-    manifest.tasks["first"] = msgspec.structs.replace(record, engines={RTX: engine})
+    part = msgspec.structs.replace(manifest.tasks["first"].parts[MODEL], engines=engines)
+    manifest.tasks["first"] = msgspec.structs.replace(manifest.tasks["first"], parts={MODEL: part})
     (path / "manifest.json").write_bytes(encode(manifest))
     return open_bundle(path)
 
 
+def the_engine(bundle: Bundle) -> Engine:
+    (engine,) = bundle.task("first").parts[MODEL].engines
+    return engine
+
+
+def recorded(path: Path, **changes: Any) -> Bundle:
+    """The bundle whose manifest says something else of the engine."""
+    return with_engines(path, msgspec.structs.replace(the_engine(open_bundle(path)), **changes))
+
+
 def this_version(bundle: Bundle) -> str:
-    return bundle.task("first").parts[MODEL].engines[RTX].version
+    return the_engine(bundle).version
 
 
 def flip(path: Path) -> None:
@@ -127,6 +137,28 @@ def test_a_device_takes_the_same_targets(built: Built, rtx_copy: Path, target: s
         assert in_cpp(built, bundle, library) == in_python(bundle, library)
 
 
+def test_of_several_engines_the_one_that_fits_the_device_is_taken(built: Built, rtx_copy: Path):
+    """By the backend and the target; where none fits, each target is named."""
+    engine = the_engine(open_bundle(rtx_copy))
+    assert engine.file is not None
+    newer = rtx_copy / "engines" / "newer.plan"
+    shutil.copyfile(rtx_copy / engine.file.path, newer)
+    other = msgspec.structs.replace(engine.file, path="engines/newer.plan")
+    bundle = with_engines(
+        rtx_copy,
+        msgspec.structs.replace(engine, backend="tensorrt", target="portable"),
+        engine,
+        msgspec.structs.replace(engine, target="9.0, 12.0", file=other),
+    )
+    wanted = {(8, 9): str(rtx_copy / engine.file.path), (9, 0): str(newer), (12, 0): str(newer)}
+    for capability in ((8, 9), (9, 0), (12, 0), (8, 6)):
+        library = Library(engine.version, *capability)
+        said = in_cpp(built, bundle, library)
+        assert said == in_python(bundle, library)
+        assert said == wanted.get(capability, said)
+    assert "it was built for 8.9, and this is an A GPU (8.6) (others were built for 9.0, 12.0); run" in said
+
+
 @pytest.mark.parametrize("version", ["10.0.1", "10.0.1.post1", "10.0.1.6", "10.0", "10.0.1.60", "10.0.10", "10.0.2"])
 def test_the_version_of_a_package_is_that_of_its_library(built: Built, rtx_copy: Path, version: str):
     """Packages up to TensorRT 10.7 say three parts of four."""
@@ -156,7 +188,7 @@ def test_the_bases_engine_is_its_graphs(built: Built, tiny_copy: Path):
     build_unadapted(tiny_copy, "first", Asked(RTX, BuildOptions(("8.9",))))
     bundle = open_bundle(tiny_copy)
     graph = task_part(bundle, "first").graph
-    engine = graph.engines[RTX]
+    (engine,) = graph.engines
     library = Library(engine.version, 8, 9)
     assert engine.file is not None
     assert said(library) == str(tiny_copy / engine.file.path)
@@ -167,7 +199,7 @@ def test_the_bases_engine_is_its_graphs(built: Built, tiny_copy: Path):
         {"mode": "refit", "version": "0"},
         {"target": "9.0"},
     ):
-        changed = msgspec.structs.replace(graph, engines={RTX: msgspec.structs.replace(engine, **changes)})
+        changed = msgspec.structs.replace(graph, engines=(msgspec.structs.replace(engine, **changes),))
         (tiny_copy / "manifest.json").write_bytes(
             encode(msgspec.structs.replace(bundle.manifest, graphs={bundle.task("first").parts[MODEL].graph: changed}))
         )

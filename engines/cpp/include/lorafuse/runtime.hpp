@@ -134,7 +134,8 @@ enum class Backend { onnxruntime, tensorrt, tensorrt_rtx };
 struct Options {
     Mode mode = Mode::dedicated;
     Backend backend = Backend::onnxruntime;
-    // Threads of ONNX Runtime; 0: every core. A bounded session does not spin while it waits.
+    // Threads of ONNX Runtime, as many as the machine's cores at most; 0: every core. A bounded session does not spin
+    // while it waits.
     int threads = 0;
     // Bytes of weights that tasks may hold beside the base, of plans all; 0: no bound. The longest unused task is given
     // up first.
@@ -143,25 +144,29 @@ struct Options {
     std::string onnxruntime;
 };
 
-class Loaded;
+class LoadedTask;
 
-// A task that is loaded, and stays so for as long as this object lives, even where the runtime's ends before.
+// A task that is loaded, with all its parts, and stays so for as long as this object lives, even where the runtime's
+// ends before.
 class LORAFUSE_API Task {
 public:
-    Outputs run(const Inputs& inputs) const;
+    // The outputs of a part by name; a model of one part needs no word for it. Throws Error when the inputs do not fit,
+    // or there is no such part.
+    Outputs run(const Inputs& inputs, const std::string& part = "model") const;
 
 private:
     friend class Runtime;
-    Task(std::shared_ptr<const void> runtime, std::shared_ptr<const Loaded> loaded)
+    Task(std::shared_ptr<const void> runtime, std::shared_ptr<const LoadedTask> loaded)
         : runtime_(std::move(runtime)), loaded_(std::move(loaded)) {}
     std::shared_ptr<const void> runtime_;  // given back last
-    std::shared_ptr<const Loaded> loaded_;
+    std::shared_ptr<const LoadedTask> loaded_;
 };
 
 // Every method may be called from any thread. A task is loaded when it is first asked for.
 class LORAFUSE_API Runtime {
 public:
-    // Throws Error when there is no bundle, its manifest is damaged, or the backend's library can't be used.
+    // Throws Error when there is no bundle, its manifest is damaged, the machine has fewer cores than `threads`, or the
+    // backend's library can't be used.
     explicit Runtime(const std::filesystem::path& bundle, const Options& options = {});
     ~Runtime();
     Runtime(Runtime&&) noexcept;
@@ -171,16 +176,18 @@ public:
     std::vector<std::string> tasks() const;
     std::vector<std::string> loaded() const;
 
-    // A task's class labels in the order of the outputs (none for a regression), and what its graph takes.
+    // A task's class labels in the order of the outputs (none for a regression); the roles of its parts, which of most
+    // models is "model" alone; and what a part's graph takes.
     const std::vector<std::string>& labels(const std::string& task) const;
-    std::vector<Port> inputs(const std::string& task) const;
+    std::vector<std::string> parts(const std::string& task) const;
+    std::vector<Port> inputs(const std::string& task, const std::string& part = "model") const;
 
     // The task, kept loaded. Without `adapted`, the base under the task's head. Where others hold the memory, it waits.
     // Throws Error when there is no such task, its files are damaged, or the memory can never hold it.
     Task use(const std::string& task, bool adapted = true);
 
-    // The outputs by name. Throws as `use` does, and when the inputs do not fit.
-    Outputs run(const std::string& task, const Inputs& inputs, bool adapted = true);
+    // The outputs of a part of the task by name. Throws as `use` does, and as the task's `run`.
+    Outputs run(const std::string& task, const Inputs& inputs, bool adapted = true, const std::string& part = "model");
 
 private:
     struct State;
