@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from engines.commands.options import MODEL, AsJson, Backend, BackendChoice, BundlePath, PartName, TaskName, Threads
+from engines.commands.options import (
+    MODEL,
+    AsJson,
+    Backend,
+    BackendChoice,
+    BundlePath,
+    Digest,
+    PartName,
+    TaskName,
+    Threads,
+)
 from engines.commands.terminal import DONE, NO, UNDECIDED, print_json, print_table, progress
 from lora.errors import LorafuseError
 
@@ -97,6 +107,7 @@ def verdict(
     out: Annotated[Path | None, typer.Option(help="Write a JSON report with every sample.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown.")] = None,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Time base, base again, merged and unmerged, interleaved, and say whether merging cost latency.
@@ -115,7 +126,7 @@ def verdict(
     from exporter.bundle.task_part import task_part
 
     check_writable([path for path in (out, html, markdown) if path is not None])
-    bench_part = task_part(open_bundle(bundle), task, part)
+    bench_part = task_part(open_bundle(bundle, digest), task, part)
     loads = loads_of(bench_part, batch, length, tokens)
     with progress(f"bench {task}") as step, opener(backend.value, threads, step) as engines:
         arms = arms_of(bench_part, engines, [choice.value for choice in extra or []], _brought(arm or []))
@@ -234,6 +245,7 @@ def serve(
     seconds: Annotated[float, typer.Option(min=0.1, max=1e6, help="How long each arm is under traffic.")] = 30.0,
     threads: Threads = 1,
     seed: Annotated[int, typer.Option(help="Seed of when requests arrive.")] = 0,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Put base and merged engine under traffic: requests a second, and p50 to p99.9 of their times, queueing included.
@@ -251,7 +263,7 @@ def serve(
     from exporter.bundle.manifest import open_bundle
     from exporter.bundle.task_part import task_part
 
-    served = task_part(open_bundle(bundle), task, part)
+    served = task_part(open_bundle(bundle, digest), task, part)
     load = loads_of(served, [batch], [length])[0]
     work = work_of(served.graph, served.bundle.manifest.base.vocabulary, load)
     with progress(f"serve {task}") as step:

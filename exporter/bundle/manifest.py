@@ -147,6 +147,17 @@ def open_bundle(path: Path, digest: str | None = None) -> Bundle:
 
     Raises BundleError when it is not one, is damaged, is of a newer schema, or has another digest.
     """
+    content = _pinned_bytes(path, digest)
+    return Bundle(path, parse_manifest(path / MANIFEST, content), digest_of(content))
+
+
+def check_pinned(path: Path, digest: str | None) -> None:
+    """Raises BundleError unless the bundle in ``path``, of whatever schema, has the digest; None is any."""
+    if digest is not None:
+        _pinned_bytes(path, digest)
+
+
+def _pinned_bytes(path: Path, digest: str | None) -> bytes:
     if digest is not None and not DIGEST.fullmatch(digest):
         raise BundleError(
             f"{path}: {digest!r} is no digest; expected sha256: and 64 hexadecimal digits, as 'lorafuse bundle ls'"
@@ -156,4 +167,4 @@ def open_bundle(path: Path, digest: str | None = None) -> Bundle:
     found = digest_of(content)
     if digest not in (None, found):
         raise BundleError(f"{path}: the bundle is {found}, but {digest} was asked for; fetch that one, or ask for this")
-    return Bundle(path, parse_manifest(path / MANIFEST, content), found)
+    return content
