@@ -10,6 +10,7 @@ from engines.commands.options import (
     MODEL,
     AsJson,
     BundlePath,
+    Digest,
     PartName,
     TaskName,
     Threads,
@@ -38,6 +39,7 @@ def serve(
     seconds: Annotated[float, typer.Option(min=0.1, max=1e6, help="How long each arm is under traffic.")] = 30.0,
     threads: Threads = 1,
     seed: Annotated[int, typer.Option(help="Seed of when requests arrive.")] = 0,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Put base and merged engine under traffic: requests a second, and p50 to p99.9 of their times, queueing included.
@@ -57,7 +59,7 @@ def serve(
     from exporter.bundle.manifest import open_bundle
     from exporter.bundle.task_part import task_part
 
-    served = task_part(open_bundle(bundle), task, part)
+    served = task_part(open_bundle(bundle, digest), task, part)
     load = loads_of(served, [batch], [length])[0]
     work = work_of(served.graph, served.bundle.manifest.base.vocabulary, load)
     with progress(f"serve {task}") as step:

@@ -14,6 +14,7 @@ from engines.commands.options import (
     Backend,
     BackendChoice,
     BundlePath,
+    Digest,
     Margin,
     PartName,
     TaskName,
@@ -88,6 +89,7 @@ def verdict(
     out: Annotated[Path | None, typer.Option(help="Write a JSON report with every sample.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown.")] = None,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Time base, base again, merged and unmerged, interleaved, and say whether merging cost latency.
@@ -110,7 +112,7 @@ def verdict(
     from exporter.bundle.task_part import task_part
 
     check_writable([path for path in (out, html, markdown) if path is not None])
-    bench_part = task_part(open_bundle(bundle), task, part)
+    bench_part = task_part(open_bundle(bundle, digest), task, part)
     loads = loads_of(bench_part, batch, length, tokens)
     with progress(f"bench {task}") as step, opener(backend.value, threads, step) as engines:
         check_clock(clock.value, engines.on_thread)

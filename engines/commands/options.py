@@ -32,6 +32,10 @@ class BackendChoice(StrEnum):
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
+Digest = Annotated[
+    str | None,
+    typer.Option(metavar="sha256:…", help="The bundle's digest, as 'bundle ls' prints it; any other is refused."),
+]
 TaskName = Annotated[str, typer.Option(help="Name of the task in the bundle.")]
 MODEL = "model"  # as exporter.bundle.records has it, which takes msgspec to import
 PartName = Annotated[
