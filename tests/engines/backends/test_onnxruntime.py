@@ -96,7 +96,7 @@ def test_weights_are_found_from_the_bytes_and_the_folder(
 
 def test_folder_without_the_weights_is_refused_by_name(tiny_model: Model, tmp_path: Path):
     with pytest.raises(EngineError, match=rf"^{tmp_path}: ONNX Runtime .* can't load the model \(.*safetensors"):
-        OnnxRuntime().load(replace(tiny_model, folder=tmp_path), None)
+        OnnxRuntime().load(replace(tiny_model, folder=tmp_path, weights=None), None)
 
 
 def test_builders_options_are_refused(tiny_model: Model):

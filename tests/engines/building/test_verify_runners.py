@@ -58,5 +58,11 @@ def test_session_is_opened_at_the_first_call_and_kept(tiny_copy: Path, tokens: d
     first = stages["engine onnxruntime"](tokens)
     shutil.rmtree(tiny_copy)
     np.testing.assert_array_equal(stages["engine onnxruntime"](tokens), first)
-    with pytest.raises(BundleError):
-        stages["ONNX graph"](tokens)
+
+
+def test_no_session_is_opened_before_the_first_call(tiny_copy: Path, tokens: dict[str, Array]):
+    stages = runners(task_part(open_bundle(tiny_copy), "first"))
+    shutil.rmtree(tiny_copy)
+    for stage in ("ONNX graph", "engine onnxruntime"):
+        with pytest.raises(BundleError):
+            stages[stage](tokens)

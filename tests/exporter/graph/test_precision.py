@@ -36,6 +36,7 @@ from tiny_models import (
 )
 
 from engines import load
+from exporter.bundle.layout import to_graph
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.task_part import task_part
 from lora.errors import AdapterError, BundleError, EngineError, ExportError
@@ -199,11 +200,9 @@ def test_weights_are_stored_in_half_and_what_they_are_multiplied_with_is_half(ca
 def test_stored_weights_are_the_merged_ones_rounded_once(case: Case):
     parameters = dict(case.merged.named_parameters())
     loaded = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(case.path).graph.initializer}
-    for name, order in task_part(case.bundle, case.task).graph.weights.items():
-        wanted = parameters[name].detach().float().numpy()
-        np.testing.assert_array_equal(
-            loaded[name].astype(np.float32), wanted if order is None else wanted.transpose(order)
-        )
+    for name, weight in task_part(case.bundle, case.task).graph.weights.items():
+        wanted = to_graph(parameters[name].detach().float().numpy(), weight.order)
+        np.testing.assert_array_equal(loaded[name].astype(np.float32), wanted)
 
 
 def test_the_border_is_float32_and_the_cache_is_half(case: Case):

@@ -135,7 +135,6 @@ UNKNOWN = {
     "a base model": {"encoder.layer.weight": B},
     "PEFT's keys without a prefix": {"layer.lora_A.weight": A, "layer.lora_B.weight": B},
     "XLabs": {"double_blocks.0.processor.qkv_lora1.down.weight": A},
-    "diffusion_model": {"diffusion_model.layer.lora_A.weight": A},
 }
 
 
@@ -146,6 +145,12 @@ def test_an_unknown_format_is_refused_with_what_is_understood(case: str, tmp_pat
         read_adapter(tmp_path / "lora.safetensors")
     assert f"holds keys such as '{min(UNKNOWN[case])}'" in str(refusal.value)
     assert all(word in str(refusal.value) for word in ("adapter_config.json", "diffusers", "kohya", "loralib"))
+
+
+def test_a_file_of_black_forest_labs_names_is_diffusers(tmp_path: Path):
+    tensors = {"diffusion_model.layer.lora_A.weight": A, "diffusion_model.layer.lora_B.weight": B}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert read_adapter(tmp_path / "lora.safetensors").format == "diffusers"
 
 
 def test_pefts_tensors_without_their_configuration_are_refused(tmp_path: Path):
