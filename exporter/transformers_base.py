@@ -110,8 +110,9 @@ def input_limits(folder: Path, config: Any) -> tuple[int, int]:
     with _refusing(f"{folder}: config.json or tokenizer_config.json does not say the model's limits"):
         said = json.loads(tokenizer.read_bytes()).get("model_max_length") if tokenizer.is_file() else None
         limit = int(said) if said else None
-        longest = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512)
-        vocabulary = int(getattr(config, "vocab_size", 0))
+        text = getattr(config, "text_config", config)  # of a model of text and images, the part that takes tokens
+        longest = int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 512)
+        vocabulary = int(getattr(text, "vocab_size", 0))
     longest -= _unused_positions(folder, config) if vocabulary else 0
     return min(longest, limit) if limit else longest, vocabulary
 
@@ -127,9 +128,7 @@ def _refusing(what: str) -> Iterator[None]:
     """A failure inside becomes an ExportError that says ``what`` could not be done, and the cause, in one line."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # transformers and safetensors raise classes of their own that share no root but Exception
+    except Exception as error:  # transformers and safetensors raise classes of their own without a common root
         raise ExportError(
             f"{what} ({textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder=' …')})"
         ) from error

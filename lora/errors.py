@@ -11,9 +11,14 @@ The message is one line: the file, the field or tensor, what was expected, and w
 and exits with status 3; anything else is a bug and keeps its traceback.
 """
 
+from lora.wording import printable
+
 
 class LorafuseError(Exception):
-    """Root of every expected failure."""
+    """Root of every expected failure. What a message took from a stranger's file can't steer a terminal."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class AdapterError(LorafuseError):

@@ -5,6 +5,7 @@ The task's ONNX model is the engine.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from importlib import metadata
@@ -44,6 +45,9 @@ class OnnxRuntime:
         provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self._api = _import()
+        cores = os.cpu_count() or 1
+        if threads is not None and not 1 <= threads <= cores:
+            raise EngineError(f"threads is {threads}; expected 1 to {cores}, as many as this machine has")
         self._threads = threads
         self._runtime = runtime
         self._optimize = optimize

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engines.commands.options import AsJson, Backend, BackendChoice, BundlePath
+from engines.commands.options import AsJson, Backend, BackendChoice, BundlePath, Digest
 from engines.commands.terminal import print_json, print_table, progress
 from lora.errors import BundleError, EngineError
 from lora.wording import megabytes
@@ -66,6 +66,7 @@ def build(
         bool,
         typer.Option("--price", help="Build nothing into the bundle; measure what each way to get an engine costs."),
     ] = False,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Build an engine for each task.
@@ -76,7 +77,7 @@ def build(
     from engines.building.build import Asked
     from exporter.bundle.manifest import open_bundle
 
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, digest)
     options = BuildOptions(
         compute_capabilities=tuple(compute_capability or ()),
         compatible=compatible,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engines.commands.export import Labels, Store, StoreChoice, labels_in, print_exported
-from engines.commands.options import AsJson, BundlePath, TaskName
-from engines.commands.terminal import DONE, NO, print_json, print_table, progress
+from engines.commands.options import AsJson, BundlePath, Digest, TaskName
+from engines.commands.terminal import DONE, NO, print_json, print_note, print_table, progress
 from lora.wording import megabytes
 
 if TYPE_CHECKING:
@@ -26,33 +26,38 @@ def add(
     task: TaskName,
     labels: Labels = "",
     store: Store = StoreChoice.dense,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Add a task to a bundle, without the base's checkpoint: a task with the same kind of head must be in it.
 
     Example: lorafuse bundle add bundle adapters/books --task books --labels negative,positive
     """
+    from exporter.bundle.manifest import check_pinned
     from exporter.task import add_task
 
+    check_pinned(bundle, digest)
     with progress(f"add {task}") as step:
         exported = add_task(bundle, adapter, task, labels_in(labels), store.value, step)
     print_exported(exported, bundle, as_json)
 
 
 @app.command("ls")
-def list_tasks(bundle: BundlePath, as_json: AsJson = False) -> None:
-    """List the tasks of a bundle, what each adds to it, and its engines.
+def list_tasks(bundle: BundlePath, digest: Digest = None, as_json: AsJson = False) -> None:
+    """List the tasks of a bundle, what each adds to it, and its engines; and the digest, by which it can be pinned.
 
     Example: lorafuse bundle ls bundle
     """
     from exporter.bundle.listing import base_size, listing
     from exporter.bundle.manifest import open_bundle
 
-    manifest = open_bundle(bundle).manifest
+    opened = open_bundle(bundle, digest)
+    manifest = opened.manifest
     tasks = listing(manifest)
     if as_json:
         print_json(
             {
+                "digest": opened.digest,
                 "base": {"sha256": manifest.base.sha256, "size": base_size(manifest)},
                 "tasks": [asdict(task) for task in tasks],
             }
@@ -60,7 +65,7 @@ def list_tasks(bundle: BundlePath, as_json: AsJson = False) -> None:
         return
     rows = [_row(task) for task in tasks]
     print_table(
-        f"{bundle}: base {manifest.base.sha256[:12]}…, {megabytes(base_size(manifest))}",
+        f"{bundle}: {opened.digest}, base {manifest.base.sha256[:12]}…, {megabytes(base_size(manifest))}",
         ("task", "head", "stored", "graph", "files", "engines"),
         rows,
     )
@@ -75,6 +80,7 @@ def _row(task: Listed) -> tuple[str, ...]:
 def remove(
     bundle: BundlePath,
     task: Annotated[str, typer.Option(help="The task to remove, with its engines.")],
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove a task from a bundle; the base's weights stay.
@@ -82,7 +88,9 @@ def remove(
     Example: lorafuse bundle remove bundle --task movies
     """
     from exporter.bundle.edits import remove_task
+    from exporter.bundle.manifest import check_pinned
 
+    check_pinned(bundle, digest)
     left = sorted(remove_task(bundle, task).manifest.tasks)
     if as_json:
         print_json({"removed": task, "tasks": left})
@@ -95,14 +103,17 @@ def pack(
     bundle: BundlePath,
     out: Annotated[Path, typer.Argument(help="The tar file to write.")],
     task: Annotated[list[str] | None, typer.Option(help="Task to pack; repeatable. Default: all.")] = None,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack a bundle, or some of its tasks, into one file for shipping; 'tar xf' makes a bundle of it again.
 
     Example: lorafuse bundle pack bundle movies.tar --task movies
     """
+    from exporter.bundle.manifest import check_pinned
     from exporter.bundle.pack import pack_bundle
 
+    check_pinned(bundle, digest)
     with progress("pack") as step:
         size = pack_bundle(bundle, out, task or (), step)
     if as_json:
@@ -112,13 +123,15 @@ def pack(
 
 
 @app.command()
-def upgrade(bundle: BundlePath, as_json: AsJson = False) -> None:
+def upgrade(bundle: BundlePath, digest: Digest = None, as_json: AsJson = False) -> None:
     """Upgrade a bundle that an earlier lorafuse wrote, in place and without the base.
 
     Example: lorafuse bundle upgrade bundle
     """
+    from exporter.bundle.manifest import check_pinned
     from exporter.upgrade import upgrade as upgrade_bundle
 
+    check_pinned(bundle, digest)
     manifest = upgrade_bundle(bundle).manifest
     if as_json:
         print_json({"bundle": str(bundle), "schema": manifest.schema, "tasks": sorted(manifest.tasks)})
@@ -127,7 +140,14 @@ def upgrade(bundle: BundlePath, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def check(bundle: BundlePath, as_json: AsJson = False) -> None:
+def check(
+    bundle: BundlePath,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First remove the staging folders that killed changes have left.")
+    ] = False,
+    digest: Digest = None,
+    as_json: AsJson = False,
+) -> None:
     """Compare every file of a bundle with its manifest, and name those that no manifest names.
 
     Exit status 1 when something is wrong.
@@ -135,7 +155,12 @@ def check(bundle: BundlePath, as_json: AsJson = False) -> None:
     Example: lorafuse bundle check bundle
     """
     from exporter.bundle.check import check_bundle
+    from exporter.bundle.check import repair as remove_left_over
+    from exporter.bundle.manifest import check_pinned
 
+    check_pinned(bundle, digest)
+    for folder in remove_left_over(bundle) if repair else ():
+        print_note(f"removed {folder}")
     with progress("check") as step:
         findings = check_bundle(bundle, step)
     if as_json:

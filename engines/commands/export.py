@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engines.commands.options import AsJson, FloatDtype, TaskName
+from engines.commands.options import AsJson, Digest, FloatDtype, TaskName
 from engines.commands.terminal import print_json, print_table, progress
 from lora.wording import megabytes
 
@@ -52,6 +52,7 @@ def export(
         FloatDtype | None, typer.Option(help="Of weights and products. Default: the bundle's, or float32 in a new one.")
     ] = None,
     store: Store = StoreChoice.dense,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base and write the task into a bundle.
@@ -60,8 +61,10 @@ def export(
 
     Example: lorafuse export MiniLM adapters/movies --task movies --labels negative,positive --out bundle
     """
+    from exporter.bundle.manifest import check_pinned
     from exporter.task import Request, export_task
 
+    check_pinned(out, digest)
     request = Request(
         base, adapter, task, labels_in(labels), task_type, precision.value if precision else None, store.value
     )

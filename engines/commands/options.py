@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,10 @@ class BackendChoice(StrEnum):
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder.")]
+Digest = Annotated[
+    str | None,
+    typer.Option(metavar="sha256:…", help="The bundle's digest, as 'bundle ls' prints it; any other is refused."),
+]
 TaskName = Annotated[str, typer.Option(help="Name of the task in the bundle.")]
 MODEL = "model"  # as exporter.bundle.records has it, which takes msgspec to import
 PartName = Annotated[
@@ -39,6 +43,20 @@ PartName = Annotated[
 ]
 Backend = Annotated[BackendChoice, typer.Option(help="What runs the engine.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads. One is steadiest on a machine that does other work.")]
+
+
+def per_cent(text: str) -> float:
+    """ "1%" or 0.01. Raises BadParameter when it is neither, or not between nothing and ten times as much."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0.0001 <= value <= 10:
+        raise typer.BadParameter(f"'{text}' is no share between 0.01% and 1000%, such as 1% or 0.01")
+    return value
+
+
+Margin = Annotated[Any, typer.Option(parser=per_cent, metavar="SHARE", help="What counts as equal, such as 1%.")]
 
 
 def names_in(targets: str, otherwise: str) -> tuple[str, ...]:

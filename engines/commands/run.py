@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engines.commands.options import AsJson, Backend, BackendChoice, BundlePath, TaskName
+from engines.commands.options import AsJson, Backend, BackendChoice, BundlePath, Digest, TaskName
 from engines.commands.terminal import print_json
 from lora.errors import LorafuseError
 
@@ -23,6 +23,7 @@ def run(
         int, typer.Option(min=1, help="Most tokens that a language model adds to a text, within what its base takes.")
     ] = 64,
     backend: Backend = BackendChoice.onnxruntime,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a task's engine on text: a classifier's label, a regression's value, a language model's completion.
@@ -31,10 +32,10 @@ def run(
     """
     from exporter.bundle.manifest import open_bundle
     from exporter.bundle.task_part import task_part
-    from lora.wording import printable
+    from lora.wording import printable, printable_lines
 
     _check_utf8(text)
-    part = task_part(open_bundle(bundle), task)
+    part = task_part(open_bundle(bundle, digest), task)
     if part.graph.head.task_type == "SEQ_CLS":
         results = _classified(part, text, backend)
     else:
@@ -44,7 +45,7 @@ def run(
         return
     for line, result in zip(text, results, strict=True):
         if "completion" in result:
-            print(f"{line}{result['completion']}")
+            print(f"{line}{printable_lines(result['completion'])}")
         else:
             print(f"{printable(result['label']) + ' ' if result['label'] else ''}{result['score']:.4f}  {line}")
 
@@ -54,7 +55,7 @@ def _classified(part: TaskPart, text: list[str], backend: BackendChoice) -> list
     from engines.serving.load import load
 
     inputs = TextEncoder(part.bundle).encode(text, part.graph)
-    with load(part.bundle.path, part.name, backend.value) as session:
+    with load(part.bundle.path, part.name, backend.value, digest=part.bundle.digest) as session:
         logits = session.run(inputs)[part.graph.outputs[0].name]
     return [asdict(result) for result in predictions(logits, part.task.labels)]
 
@@ -69,7 +70,7 @@ def _completed(part: TaskPart, text: list[str], tokens: int, backend: BackendCho
     inputs = encoder.encode_prompts(text, part.graph)
     ids, mask = inputs["input_ids"], inputs["attention_mask"].astype(bool)
     room = part.bundle.manifest.base.longest - ids.shape[1]
-    with load(part.bundle.path, part.name, backend.value) as session:
+    with load(part.bundle.path, part.name, backend.value, digest=part.bundle.digest) as session:
         generated = greedy(session, inputs, min(tokens, room), stop)
     return [
         {"completion": encoder.completion(prompt[counted].tolist(), row), "tokens": row}

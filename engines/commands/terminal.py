@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora.progress import Progress
+from lora.wording import printable
 
 DONE, NO, UNDECIDED, BAD_INPUT = 0, 1, 2, 3
 
@@ -32,7 +33,12 @@ def _finite(value: Any) -> Any:
 
 def print_error(message: str) -> None:
     """One line on stderr, whatever the message holds."""
-    sys.stderr.write(f"lorafuse: {' '.join(message.split())}\n")
+    sys.stderr.write(f"lorafuse: {printable(' '.join(message.split()))}\n")
+
+
+def print_note(message: str) -> None:
+    """A line on stderr that is no error."""
+    sys.stderr.write(f"{printable(message)}\n")
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -46,11 +52,11 @@ def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, 
         numeric = index > 0 and all(row[index][:1] in "0123456789+-" for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     wide = None if sys.stdout.isatty() else 250  # a file or a pipe has no width to fold to
     console = Console(markup=False, width=wide)
     console.print(
-        title, style="bold", highlight=False
+        printable(title), style="bold", highlight=False
     )  # not as the table's own, which would fold it to the table's width
     console.print(table)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engines.commands.options import AsJson, BackendChoice, BundlePath, TaskName
+from engines.commands.options import AsJson, BackendChoice, BundlePath, Digest, TaskName
 from engines.commands.terminal import DONE, NO, print_json, print_table, progress
 from lora.errors import LorafuseError
 
@@ -34,6 +34,7 @@ def verify(
             )
         ),
     ] = None,
+    digest: Digest = None,
     as_json: AsJson = False,
 ) -> None:
     """Hold a task against its formula: float64, merged torch model, ONNX graph, engines.
@@ -46,7 +47,7 @@ def verify(
     from exporter.bundle.manifest import open_bundle
     from exporter.bundle.task_part import task_parts
 
-    parts = task_parts(open_bundle(bundle), task)
+    parts = task_parts(open_bundle(bundle, digest), task)
     if engine is not None:
         passed = [_compare_engines(part, engine, as_json) for part in parts]
     else:

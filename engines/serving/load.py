@@ -10,13 +10,14 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from engines.backends import Backend, BackendName, Model, Session, Weights, backend
+from engines.serving.checked import CheckedSession, limits_of
 from engines.serving.task_values import task_values
 from exporter.bundle.changes import in_graph_order, merged_at_load
 from exporter.bundle.graph_file import GraphFile, read_graph
-from exporter.bundle.manifest import open_bundle
+from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL, Engine
 from exporter.bundle.task_part import TaskPart, task_parts
-from lora.errors import EngineError
+from lora.errors import BundleError, EngineError
 from lora.files.tensorfile import Array
 
 Part = TypeVar("Part")
@@ -62,11 +63,12 @@ def load(
     backend_name: BackendName = "onnxruntime",
     threads: int | None = None,
     provider_options: Mapping[str, str] | None = None,
+    digest: str | None = None,
 ) -> TaskSession:
     """Load a task's engines; use the session as a context manager.
 
     The files are compared with the manifest's SHA-256 first. ``threads`` bounds CPU threads; None takes every core.
-    ``provider_options`` go to ONNX Runtime's execution provider.
+    ``provider_options`` go to ONNX Runtime's execution provider. ``digest`` pins the bundle, as in ``engines.open``.
     Of TensorRT, the task's own engine for this device is loaded where it has one, else its graph's is refitted. Raises
     BundleError when the bundle is damaged or has no such task, EngineError when the engine can't be loaded or is not of
     this export, version or device.
@@ -74,10 +76,23 @@ def load(
     >>> with load("bundle", "movies") as session:  # doctest: +SKIP
     ...     session.run({"input_ids": ids, "attention_mask": mask, "token_type_ids": types})["logits"]
     """
-    parts = task_parts(open_bundle(Path(bundle)), task)
-    chosen = backend(backend_name, threads, provider_options)
+    opened, chosen = open_bundle(Path(bundle), digest), backend(backend_name, threads, provider_options)
+    try:
+        return _load(opened, task, backend_name, chosen)
+    except BundleError:
+        again = open_bundle(Path(bundle), digest)  # beside a writer, what the former manifest named may have gone
+        if again.digest == opened.digest:
+            raise
+        return _load(again, task, backend_name, chosen)
+
+
+def _load(bundle: Bundle, task: str, backend_name: BackendName, chosen: Backend) -> TaskSession:
+    parts = task_parts(bundle, task)
     with ExitStack() as opened:
-        sessions = {part.role: opened.enter_context(load_part(part, backend_name, chosen)) for part in parts}
+        sessions = {
+            part.role: CheckedSession(opened.enter_context(load_part(part, backend_name, chosen)), limits_of(part))
+            for part in parts
+        }
         opened.pop_all()  # all are open: the task's session owns them from here
     return TaskSession(task, sessions)
 

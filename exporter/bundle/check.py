@@ -14,6 +14,7 @@ from exporter.bundle.manifest_file import MANIFEST
 from exporter.bundle.records import all_files
 from exporter.bundle.task_part import TaskPart, task_parts
 from lora.errors import BundleError, LorafuseError
+from lora.files.durable import INSIDE, left_over, locked, remove_left_over
 from lora.formats.factors import PICKLES
 from lora.progress import Progress, unheard
 from lora.wording import printable
@@ -42,6 +43,12 @@ def check_bundle(path: Path, progress: Progress = unheard) -> list[Finding]:
         return [Finding(MANIFEST, str(error))]
     damaged = list(_damaged(bundle, progress))
     return [*damaged, *_inconsistent(bundle, {finding.path for finding in damaged}, progress), *_extra(bundle)]
+
+
+def repair(path: Path) -> tuple[Path, ...]:
+    """Remove the staging folders that killed changes of the bundle in ``path`` have left; which they were."""
+    with locked(path):
+        return tuple(remove_left_over(path))
 
 
 def _damaged(bundle: Bundle, progress: Progress) -> Iterator[Finding]:
@@ -82,10 +89,14 @@ def _problem(part: TaskPart) -> str | None:
 def _extra(bundle: Bundle) -> Iterator[Finding]:
     """Files that the manifest does not name: another's, or what an interrupted export left.
 
-    Links count, and are not followed.
+    Links count, and are not followed. What a change is staging now is its own.
     """
+    for stage in left_over(bundle.path):
+        shown = printable(os.path.relpath(stage, bundle.path))
+        yield Finding(shown, f"{stage}: left by a change that was killed; 'bundle check --repair' removes it")
     named = {file.path for file in all_files(bundle.manifest)} | {MANIFEST}
     for folder, folders, files in os.walk(bundle.path):
+        folders[:] = [name for name in folders if Path(folder) != bundle.path or not name.startswith(INSIDE)]
         links = [name for name in folders if Path(folder, name).is_symlink()]
         for name in sorted([*files, *links]):
             relative = Path(folder, name).relative_to(bundle.path).as_posix()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import mmap
+import re
 import time
 import weakref
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ CLOCK_STEP = (
     2 * 10**9
 )  # ns: a file that changes twice within a step of its file system's clock may show one time for both
 
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 # What the system says of a file that is not there as a file: no entry, a folder on the way that is none, a link, a
 # folder or a socket in its place.
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO})
@@ -140,7 +142,29 @@ def digest_of(manifest: bytes) -> str:
     return f"sha256:{hashlib.sha256(manifest).hexdigest()}"
 
 
-def open_bundle(path: Path) -> Bundle:
-    """Open the bundle in ``path``. Raises BundleError when it is not one, is damaged, or is of a newer schema."""
-    content = manifest_bytes(path)
+def open_bundle(path: Path, digest: str | None = None) -> Bundle:
+    """Open the bundle in ``path``, which must have the ``digest`` where one is given.
+
+    Raises BundleError when it is not one, is damaged, is of a newer schema, or has another digest.
+    """
+    content = _pinned_bytes(path, digest)
     return Bundle(path, parse_manifest(path / MANIFEST, content), digest_of(content))
+
+
+def check_pinned(path: Path, digest: str | None) -> None:
+    """Raises BundleError unless the bundle in ``path``, of whatever schema, has the digest; None is any."""
+    if digest is not None:
+        _pinned_bytes(path, digest)
+
+
+def _pinned_bytes(path: Path, digest: str | None) -> bytes:
+    if digest is not None and not DIGEST.fullmatch(digest):
+        raise BundleError(
+            f"{path}: {digest!r} is no digest; expected sha256: and 64 hexadecimal digits, as 'lorafuse bundle ls'"
+            " prints"
+        )
+    content = manifest_bytes(path)
+    found = digest_of(content)
+    if digest not in (None, found):
+        raise BundleError(f"{path}: the bundle is {found}, but {digest} was asked for; fetch that one, or ask for this")
+    return content

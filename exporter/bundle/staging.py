@@ -1,14 +1,12 @@
 """Changing a bundle so that an interrupted or failed change leaves the former one usable.
 
-New files are written to a staging folder beside the bundle, flushed, and moved in under names that no current file has;
-replacing ``manifest.json`` is the one step that makes the change visible. What the new manifest no longer names is
-removed afterwards.
+New files are written to a staging folder beside the bundle (inside it where it is a mount point), flushed, and moved in
+under names that no current file has; replacing ``manifest.json`` is the one step that makes the change visible. What
+the new manifest no longer names is removed afterwards.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,8 +15,10 @@ from exporter.bundle.manifest import Bundle, digest_of, open_bundle
 from exporter.bundle.manifest_file import MANIFEST, manifest_bytes
 from exporter.bundle.records import File, Manifest, all_files, encode
 from lora.errors import BundleError
-from lora.files.durable import flush, staging_folder
+from lora.files.durable import INSIDE, flush, locked, staging_folder
 from lora.files.tensorfile import file_sha256
+
+LOST = "lost+found"  # what a new file system holds
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
 
     The lock makes concurrent commits follow one another, and ``update`` sees what the one before has written.
     """
-    with _locked(bundle.parent):
+    with locked(bundle):
         current = current_bundle(bundle)
         manifest = update(current.manifest if current else None)
         for path in stage.rglob("*"):
@@ -65,13 +65,14 @@ def commit(bundle: Path, stage: Path, update: Callable[[Manifest | None], Manife
         _write_flushed(
             stage / MANIFEST, content
         )  # before anything moves: should the disk be full by now, nothing has changed
-        if current is None:
+        if current is None and not stage.is_relative_to(bundle):
             stage.chmod(0o755)
             stage.rename(bundle)
         else:
             _move_in(stage, bundle)
             (stage / MANIFEST).replace(bundle / MANIFEST)
-            _remove_unnamed(bundle, current.manifest, manifest)
+            if current is not None:
+                _remove_unnamed(bundle, current.manifest, manifest)
         flush(bundle)
         flush(bundle.parent)
     return Bundle(bundle, manifest, digest_of(content))
@@ -93,7 +94,7 @@ def amend(bundle: Path, stage: Path, update: Callable[[Bundle], Manifest]) -> Bu
 
 def replace_manifest(bundle: Path, update: Callable[[bytes], Manifest]) -> Bundle:
     """Replace the manifest alone, in one step, by what ``update`` makes of its bytes. Nothing else is touched."""
-    with staging(bundle) as stage, _locked(bundle.parent):
+    with staging(bundle) as stage, locked(bundle):
         manifest = update(manifest_bytes(bundle))
         content = encode(manifest)
         _write_flushed(stage / MANIFEST, content)
@@ -103,10 +104,17 @@ def replace_manifest(bundle: Path, update: Callable[[bytes], Manifest]) -> Bundl
 
 
 def current_bundle(bundle: Path) -> Bundle | None:
-    """The bundle there is, or None where one can be created: no such folder, or an empty one."""
-    if not bundle.exists() or (bundle.is_dir() and not any(bundle.iterdir())):
+    """The bundle there is, or None where one can be created: no such folder, or an empty one.
+
+    What is being staged in it does not count, nor does a file system's own folder in a mount point.
+    """
+    if not bundle.exists() or (bundle.is_dir() and all(_is_nothing(path) for path in bundle.iterdir())):
         return None
     return open_bundle(bundle)
+
+
+def _is_nothing(path: Path) -> bool:
+    return path.name.startswith(INSIDE) or path.name == LOST
 
 
 def _move_in(stage: Path, bundle: Path) -> None:
@@ -132,13 +140,3 @@ def _remove_unnamed(bundle: Path, former: Manifest, manifest: Manifest) -> None:
 def _write_flushed(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     flush(path)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

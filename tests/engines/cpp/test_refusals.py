@@ -373,6 +373,10 @@ AMBIGUOUS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda content: re.sub(rb'"longest":\d+', b'"longest":18446744073709551616', content),
         "expected a whole number at base.longest, found a number that is not whole, or too large",
     ),
+    "lists in lists": (
+        lambda content: content.replace(b'"labels":', b'"labels":' + b"[" * 70 + b"]" * 70 + b',"more":'),
+        "JSON is nested more than 64 deep",
+    ),
     "a zero byte in a label": (lambda content: content.replace(b'"yes"', b'"y\\u0000s"'), "at tasks.first.labels[1]"),
 }
 
@@ -389,6 +393,14 @@ def test_a_manifest_that_two_readers_may_read_differently_is_refused(
     assert said.endswith("); export the tasks again\n")
     assert reason in said
     assert said.count("\n") == 1
+
+
+def test_a_path_that_is_longer_than_any_system_takes_is_refused(built: Built, tiny_copy: Path):
+    edit(tiny_copy, lambda content: part(content)["model"].update(path="a/" * 3000 + "b"))
+    assert in_cpp(built, tiny_copy) == (
+        f"lorafuse-ask: {tiny_copy / 'manifest.json'}: a file path of 6001 bytes; expected 4096 at most; export the"
+        " tasks again\n"
+    )
 
 
 def seconds_to_open(built: Built, folder: Path, content: Manifest) -> float:

@@ -134,6 +134,6 @@ def test_marks_are_drawn(seen: tuple[Any, list[str], list[str]]):
     opened, _, _ = seen
     for plot in opened.locator(".plot svg").all():
         assert plot.bounding_box()["width"] > 250
-    # Of two loads, the first by both clocks: every arm but the base, one more in the second, and each load's answer.
+    # Of two loads, the first by both clocks: every arm but the base, one arm more in the second, and two answers.
     assert opened.locator(".interval").count() == 2 * (len(RATIOS) - 1) + len(RATIOS) + 2
     assert opened.locator(".interval.cpu").count() == len(RATIOS)

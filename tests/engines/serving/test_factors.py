@@ -254,4 +254,4 @@ def test_the_bases_weights_are_hashed_once_a_load(stored_both_ways: Path, monkey
         manifest, "check_sha256", lambda path, *rest: hashed.append(path.name) or check_sha256(path, *rest)
     )
     with engines.load(stored_both_ways, "factors", threads=1):
-        assert [name for name in hashed if name.startswith("base-") and name.endswith(".safetensors")] == [hashed[0]]
+        assert len([name for name in hashed if name.startswith("base-") and name.endswith(".safetensors")]) == 1

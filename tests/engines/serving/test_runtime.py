@@ -113,7 +113,7 @@ def test_memory_bounds_what_is_held(bundle: Path, mode: Mode, tokens: dict[str, 
 
 def cost(bundle: Path, mode: Mode, task: str) -> int:
     runtime = open_runtime(bundle, mode)
-    return (runtime._session_cost if mode == "dedicated" else runtime._values_cost)((task, True))
+    return (runtime._session_cost if mode == "dedicated" else runtime._values_cost)(runtime._key(task, True))
 
 
 def test_a_task_that_the_memory_can_never_hold_is_refused(bundle: Path, mode: Mode, tokens: dict[str, Array]):
@@ -190,8 +190,8 @@ def test_a_task_that_comes_back_and_changes_more_asks_for_a_new_session(
         with pytest.raises(
             EngineError,
             match=(
-                r"'wider' could not be read when the runtime opened its graph, and changes '.*key.*'; open the runtime"
-                r" again"
+                r"'wider' could not be read when the runtime opened its graph, and changes '.*key.*'; reload the"
+                r" runtime"
             ),
         ):
             runtime.run("wider", tokens)

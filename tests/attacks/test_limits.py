@@ -1,0 +1,107 @@
+"""What is asked for is looked at before any work is done on it, and what a stranger wrote can't steer a terminal."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import engines
+from exporter.bundle.manifest import open_bundle
+from lora.errors import BundleError, EngineError, LorafuseError
+from lora.files.tensorfile import Array
+from scripts.support.hand_made_bundle import LONGEST, VOCABULARY, inputs
+from scripts.support.resigned import edit_graph, edit_manifest
+
+MODES = ("dedicated", "resident")
+
+
+@pytest.mark.parametrize("threads", [0, -1, (os.cpu_count() or 1) + 1, 10**6])
+def test_threads_are_one_to_the_machines(bundle: Path, threads: int):
+    with pytest.raises(EngineError, match=rf"threads is {threads}; expected 1 to {os.cpu_count()}, as many as this"):
+        engines.open(bundle, threads=threads)
+    with pytest.raises(EngineError, match=rf"threads is {threads}"):
+        engines.load(bundle, "left", threads=threads)
+
+
+def changed(**values: Array) -> dict[str, Array]:
+    return inputs() | values
+
+
+IDS = inputs()["input_ids"]
+BROKEN = {
+    "a negative id": (changed(input_ids=IDS - 10), rf"input 'input_ids' holds -\d+; expected 0 to {VOCABULARY - 1}"),
+    "an id beyond": (
+        changed(input_ids=IDS + VOCABULARY),
+        rf"input 'input_ids' holds \d+; expected 0 to {VOCABULARY - 1}",
+    ),
+    "a longer mask": (
+        changed(attention_mask=np.ones((2, 6), np.int64)),
+        r"input 'attention_mask' is of shape \[2, 6\]; expected \[2, 5\], as long as 'input_ids'",
+    ),
+    "a shorter mask": (changed(attention_mask=np.ones((2, 1), np.int64)), r"of shape \[2, 1\]; expected \[2, 5\]"),
+    "a mask of fewer rows": (
+        changed(attention_mask=np.ones((1, 5), np.int64)),
+        r"of shape \[1, 5\]; expected \[2, 5\]",
+    ),
+    "too long": (
+        {name: np.ones((1, LONGEST + 1), np.int64) for name in ("input_ids", "attention_mask")},
+        rf"input 'input_ids' makes {LONGEST + 1} tokens a row; expected at most {LONGEST}",
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("given", "said"), BROKEN.values(), ids=BROKEN)
+def test_inputs_that_a_graph_would_answer_wrongly_are_refused(
+    bundle: Path, good: dict[str, Array], mode: str, given: dict[str, Array], said: str
+):
+    with engines.open(bundle, mode, threads=1) as runtime:
+        with pytest.raises(EngineError, match=said):
+            runtime.run("left", given)
+        with runtime.use("left") as task, pytest.raises(EngineError, match=said):
+            task.run(given)
+        np.testing.assert_allclose(runtime.run("left", inputs())["logits"], good["left"], atol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_loaded_task_refuses_them_too(bundle: Path, given: dict[str, Array], said: str):
+    with engines.load(bundle, "left", threads=1) as session, pytest.raises(EngineError, match=said):
+        session.run(given)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_longest_and_the_last_id_are_taken(bundle: Path, mode: str):
+    with engines.open(bundle, mode, threads=1) as runtime:
+        ids = np.full((1, LONGEST), VOCABULARY - 1)
+        assert np.isfinite(runtime.run("left", {"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]).all()
+
+
+def test_a_size_that_is_not_the_files_is_told_before_the_hash(bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    edit_manifest(bundle, lambda manifest: manifest["base"]["weights"][0].update(size=10**15))
+    opened = open_bundle(bundle)
+    monkeypatch.setattr("exporter.bundle.manifest.check_sha256", lambda *_: pytest.fail("hashed"))
+    with pytest.raises(BundleError, match="bytes, but the manifest says 1000000000000000"):
+        opened.mapped(opened.manifest.base.weights[0])
+
+
+ESCAPE = "\x1b[2J\x9b31m\n"
+
+
+def test_what_a_stranger_wrote_is_printed_escaped(served, bundle: Path):
+    """The name of a node's operator, and of a tensor."""
+
+    def rename(model) -> None:
+        next(tensor for tensor in model.graph.initializer if tensor.name == "left.weight").name = ESCAPE
+
+    edit_graph(bundle, "left", rename)
+    said = served(bundle, "left")["left"]
+    assert isinstance(said, str)  # and printable, as whoever asks has made sure
+
+
+def test_every_error_is_one_printable_line():
+    message = str(LorafuseError(f"tensor '{ESCAPE}' and \udcff"))
+    assert message.isprintable()
+    assert message == r"tensor '\x1b[2J\x9b31m\n' and \udcff"
