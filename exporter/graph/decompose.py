@@ -5,6 +5,9 @@ again, and twice: of an export's time, a third. But a model in evaluation mode u
 function for, and each of them stands for one other operator or for none: dropout, `contiguous`, `detach_`, casts. Where
 these are all, exchanging them gives the graph that tracing again gives.
 
+The patch of ``run_decompositions`` can go when `torch.onnx.export` no longer traces a program again to decompose it
+(torch 2.13 does), or takes one that is decomposed already.
+
 ExportedProgram: https://docs.pytorch.org/docs/stable/export/api_reference.html
 """
 
