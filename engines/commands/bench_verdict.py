@@ -82,9 +82,6 @@ def verdict(
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="An .onnx file of yours as an arm, of TensorRT a plan too; repeatable."),
     ] = None,
-    count_instructions: Annotated[
-        bool, typer.Option(help="Also count each arm's instructions of one run, with valgrind: minutes an arm.")
-    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the order in which arms take turns.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write a JSON report with every sample.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
@@ -104,7 +101,6 @@ def verdict(
     from engines.latency.arms import arms_of
     from engines.latency.clocks import check_clock
     from engines.latency.harness import Protocol
-    from engines.latency.instructions import check_countable
     from engines.latency.report import check_writable
     from engines.latency.run import run
     from engines.latency.workloads import loads_of
@@ -116,12 +112,8 @@ def verdict(
     loads = loads_of(bench_part, batch, length, tokens)
     with progress(f"bench {task}") as step, opener(backend.value, threads, step) as engines:
         check_clock(clock.value, engines.on_thread)
-        if count_instructions:
-            check_countable(engines.on_thread)
         arms = arms_of(bench_part, engines, [choice.value for choice in extra or []], _brought(arm or []))
-        protocol = Protocol(
-            seconds, margin if gate is None else gate, seed, clock=clock.value, count=count_instructions
-        )
+        protocol = Protocol(seconds, margin if gate is None else gate, seed, clock=clock.value)
         for report in run(bench_part, arms, loads, protocol, threads, step):
             _write(report, out, html, markdown)
     if as_json:

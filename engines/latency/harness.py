@@ -44,8 +44,7 @@ class Protocol:
     """How long to measure and what to decide: a budget in seconds, the margin, the seed of all chance.
 
     ``rounds`` in a set; None: as many as its sessions are worth. ``clock`` is what the verdict is reached by. CPU time
-    is taken where the engines run ``on_thread``, the one that calls them. ``count``: each arm's instructions too, which
-    takes minutes beyond the budget.
+    is taken where the engines run ``on_thread``, the one that calls them.
     """
 
     budget: float = 60.0
@@ -54,7 +53,6 @@ class Protocol:
     rounds: int | None = None
     clock: ClockChoice = "wall"
     on_thread: bool = False
-    count: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from engines.latency.clocks import check_clock
 from engines.latency.device import device_times
 from engines.latency.environment import machine, state
 from engines.latency.harness import Protocol, measure
-from engines.latency.instructions import count_instructions
 from engines.latency.report import Load, Point, Report, overall
 from engines.latency.workloads import inputs_of, work_of
 from exporter.bundle.task_part import TaskPart
@@ -37,9 +36,6 @@ def run(
     points: tuple[Point, ...] = ()
     for load in loads:
         point = measure(arms.arms, load, work_of(graph, base.vocabulary, load), protocol, progress)
-        if protocol.count:
-            inputs = inputs_of(graph, base.vocabulary, load)
-            point = replace(point, instructions=count_instructions(arms.arms, inputs, progress))
         if arms.on_device:
             point = replace(point, device=device_times(arms.arms, inputs_of(graph, base.vocabulary, load)))
         points = (*points, point)

@@ -78,8 +78,8 @@ TaskPart Bundle::part(const TaskRecord& task, const std::string& role) const {
     if (found == task.parts.end()) {
         std::string known;
         for (const auto& [name, _] : task.parts) known += (known.empty() ? "" : ", ") + name;
-        throw Error(path_.string() + ": task '" + task.name + "' has no part '" + role + "'; give one of its parts: " +
-                    known);
+        throw Error(path_.string() + ": task '" + task.name + "' has no part '" + role +
+                    "'; give one of its parts: " + known);
     }
     return {task, found->second, manifest_.graphs.at(found->second.graph)};
 }

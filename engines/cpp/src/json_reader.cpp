@@ -13,7 +13,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr std::size_t kDeepest = 64;     // far deeper than anything that is read here
+constexpr std::size_t kDeepest = 64;      // far deeper than anything that is read here
 constexpr std::size_t kShownOfName = 40;  // characters, of a name that a stranger chose
 
 [[noreturn]] void malformed(std::size_t byte) {

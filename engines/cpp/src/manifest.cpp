@@ -102,8 +102,12 @@ Head head_of(const JsonReader& json) {
 
 Graph graph_of(const JsonReader& json, Files& files) {
     json.check_fields({"part", "head", "inputs", "outputs", "weights"}, {"engines"});
-    Graph graph{json.at("part").text(), head_of(json.at("head")), ports_of(json.at("inputs")),
-                ports_of(json.at("outputs")), {}, {}};
+    Graph graph{json.at("part").text(),
+                head_of(json.at("head")),
+                ports_of(json.at("inputs")),
+                ports_of(json.at("outputs")),
+                {},
+                {}};
     json.at("weights").each(
         [&](const std::string& name, const JsonReader& weight) { graph.weights.emplace(name, weight_of(weight)); });
     graph.engines = engines_of(json, files);

@@ -181,10 +181,6 @@ def test_further_arms_are_timed_and_those_that_cannot_be_had_are_said(tiny_copy:
         (["--arm", b"\xff=a.onnx"], "the name is no text that can be printed; choose another"),
         (["--arm", "x=a.onnx", "--arm", "x=b.onnx"], "--arm 'x=b.onnx': the name is given twice; choose another"),
         (["--clock", "sun"], "'sun' is not one of 'wall', 'cpu', 'auto'"),
-        (
-            ["--count-instructions", "--threads", "2"],
-            "--count-instructions: counts those of the calling thread; choose --backend onnxruntime with --threads 1",
-        ),
         (["--tokens", "4"], "task 'first' is of type SEQ_CLS and generates no tokens; leave --tokens out"),
         (["--length", "65"], "batch 1, length 65 is more than the 64 tokens that the base takes"),
         (
