@@ -51,7 +51,7 @@ def test_the_graph_is_the_one_that_tracing_again_gives(
     def traced() -> str:
         return graph_digest(
             _with_torchs_reshapes(
-                exporter.graph.trace.trace(checkpoint(base, lambda: "").signature(head, precision)).graph
+                exporter.graph.trace.trace(checkpoint(base, lambda: "").signature("model", head, precision)).graph
             )
         )
 
