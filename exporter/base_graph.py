@@ -23,6 +23,9 @@ from lora.errors import BundleError, ExportError
 from lora.files.tensorfile import Array, Lazy, TensorFile, numpy_dtype, write_tensors
 from lora.progress import Progress
 
+# Dynamic axes that count tokens.
+LENGTHS = ("sequence", "decoder_sequence", "past_sequence", "total_sequence")
+
 
 @dataclass(frozen=True)
 class BaseGraph:
@@ -109,8 +112,20 @@ def _trace(source: Source, role: str, head: Head, precision: Precision) -> tuple
             " module of your own"
         ) from error
     inputs, outputs = (tuple(map(_port, values)) for values in (traced.graph.graph.input, traced.graph.graph.output))
+    _refuse_short(source, head, traced.longest)
     weights = weight_map(traced.graph, traced.weights)
     return Graph(part=role, head=head, inputs=inputs, outputs=outputs, weights=weights), traced.graph
+
+
+def _refuse_short(source: Source, head: Head, longest: Mapping[str, int]) -> None:
+    """Raises ExportError where the graph would be wrong for lengths that the base takes."""
+    short = {axis: size for axis, size in longest.items() if axis in LENGTHS and size < source.longest}
+    for axis, size in sorted(short.items()):
+        raise ExportError(
+            f"{source.name}: traced as a {head.task_type} model, the graph holds for a {axis} of at most {size}, and"
+            f" the base takes {source.longest}: the model's code decides by this length what it computes. Choose a"
+            " configuration of it that does not (of BigBird, attention_type 'original_full')"
+        )
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 import torch
+from torch.export import ExportedProgram
 
 from exporter.graph.decompose import decomposed_in_place
 from exporter.graph.fold_transposes import Permutation, fold_weight_transposes
@@ -32,10 +33,13 @@ class Trace:
     """A dense graph without values: every weight is an external initializer that lies nowhere yet.
 
     ``weights`` maps each weight's name to the axis order in which the graph stores it, or None for the model's own.
+    ``longest`` are the sizes up to which torch says that the graph holds, of those dynamic axes where it says so: the
+    model's code took one branch of two, by a size.
     """
 
     graph: onnx.ModelProto
     weights: dict[str, Permutation | None]
+    longest: dict[str, int]
 
 
 def trace(signature: Signature) -> Trace:
@@ -64,7 +68,7 @@ def trace(signature: Signature) -> Trace:
             verbose=False,
         )
         assert program is not None
-        graph = program.model
+        graph, longest = program.model, _longest(program.exported_program, signature)
         optimize(graph, names.__contains__)
     weights = _with_names_of_the_model(graph, names)
     permutations = fold_weight_transposes(graph)
@@ -72,7 +76,24 @@ def trace(signature: Signature) -> Trace:
     keep_in_float32(graph)
     _forget_values(graph, stored)
     _forget_origins(graph)
-    return Trace(ir.to_proto(graph), stored)
+    return Trace(ir.to_proto(graph), stored, longest)
+
+
+def _longest(program: ExportedProgram | None, signature: Signature) -> dict[str, int]:
+    """{dynamic axis: the largest size that the traced program holds for}, of axes that have one.
+
+    https://docs.pytorch.org/docs/stable/export/api_reference.html: ``range_constraints``
+    """
+    assert program is not None
+    highest = {symbol: range_.upper for symbol, range_ in program.range_constraints.items()}
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    longest: dict[str, int] = {}
+    for tensor, axes in zip(inputs, (signature.axes.get(name, {}) for name in signature.inputs), strict=True):
+        for axis, name in axes.items():
+            upper = highest.get(getattr(tensor.shape[axis].node, "expr", None))
+            if upper is not None and upper.is_Integer:
+                longest[name] = min(int(upper), longest.get(name, int(upper)))
+    return longest
 
 
 def _fill_with_dummies(module: torch.nn.Module) -> dict[str, str]:

@@ -18,17 +18,22 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import (
     ARCHITECTURES,
     DECODER,
+    LABELS,
     SHAPES,
     T5,
+    TEXT,
     Architecture,
     call,
     export,
     load_base,
     model_path,
     open_session,
+    save_adapter,
     save_base,
     worst_differences,
 )
+
+from lora.errors import ExportError
 
 OWN = [
     (
@@ -96,3 +101,22 @@ def test_a_row_that_is_padded_on_the_left_is_finite_in_float16_however_low_its_s
         wanted = load_base(ARCHITECTURES["Qwen2"], base, torch.float16)(**given).logits[:, -1].float().numpy()
     assert np.isfinite(wanted).all()
     assert worst_differences({"logits": logits[:, -1]}, {"logits": wanted})["logits"] <= 5e-3
+
+
+def test_a_model_that_decides_by_length_what_it_computes_is_refused(tmp_path: Path):
+    """BigBird attends to everything in short texts and to blocks in long ones: one graph holds for one of the two."""
+    config = transformers.BigBirdConfig(**TEXT, block_size=4, num_random_blocks=1)
+    bird = Architecture(
+        "BigBird",
+        config,
+        "BigBirdModel",
+        "BigBirdForSequenceClassification",
+        ["query", "value"],
+        "SEQ_CLS",
+        head=("classifier",),
+        labels=LABELS,
+    )
+    base = save_base(bird, tmp_path / "base")
+    with pytest.raises(ExportError, match=r"holds for a sequence of at most 28, and the base takes 64: .*original_full"):
+        export(bird, base, save_adapter(bird, base, tmp_path / "adapter"), "task", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
