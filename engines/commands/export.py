@@ -74,8 +74,8 @@ def export(
 
 
 def labels_in(labels: str) -> tuple[str, ...]:
-    """The labels in a list with commas."""
-    return tuple(filter(None, labels.split(",")))
+    """The labels in a list with commas; spaces around them are none of theirs."""
+    return tuple(name for label in labels.split(",") if (name := label.strip()))
 
 
 def print_exported(exported: Exported, out: Path, as_json: bool) -> None:

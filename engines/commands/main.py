@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +26,27 @@ Example: lorafuse export MiniLM adapters/movies --task movies --out bundle"""
 app = typer.Typer(
     name="lorafuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP
 )
+
+
+def print_version(wanted: bool) -> None:
+    """Print the installed version and end, where that was asked for."""
+    if not wanted:
+        return
+    from importlib.metadata import version
+
+    print(version("lorafuse"))
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 app.command()(train)
 app.command()(merge)
 app.command()(inspect)
@@ -41,7 +63,7 @@ def main() -> None:
     """Entry point: an expected failure is one line and exit status 3; a bug keeps its traceback."""
     usage_error: Any = typer.BadParameter.__base__  # typer keeps the class itself private
     try:
-        status = app(standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except usage_error as error:
         print_error(f"{error.format_message() or 'no command given'} (see lorafuse --help)")
         status = BAD_INPUT

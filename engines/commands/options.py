@@ -45,14 +45,21 @@ Backend = Annotated[BackendChoice, typer.Option(help="What runs the engine.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads. One is steadiest on a machine that does other work.")]
 
 
+TAKEN_FOR_PER_CENT = 0.5  # by who wrote it: no margin of a latency is so large
+
+
 def per_cent(text: str) -> float:
-    """ "1%" or 0.01. Raises BadParameter when it is neither, or not between nothing and ten times as much."""
+    """ "1%" or 0.01. Raises BadParameter when it is neither, or not between nothing and ten times as much, or a large
+    number without its sign: who writes 1 means one per cent, and not a whole.
+    """
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = 0.0
     if not 0.0001 <= value <= 10:
         raise typer.BadParameter(f"'{text}' is no share between 0.01% and 1000%, such as 1% or 0.01")
+    if value >= TAKEN_FOR_PER_CENT and not text.endswith("%"):
+        raise typer.BadParameter(f"'{text}' would be {value:.0%}; write it with its sign, such as 1%")
     return value
 
 

@@ -62,13 +62,18 @@ def _compared(first: Point, second: Point, arm: str, margin: float) -> Compared:
 def _levels(point: Point, arm: str) -> Array:
     """The logarithm of each set's median time."""
     index = _index(point, arm)
-    return np.log([np.median(np.array(one)[:, index]) for one in point.samples.runs])
+    return np.log([np.nanmedian(one[:, index]) for one in _sets(point)])
 
 
 def _costs(point: Point, arm: str) -> Array:
     """The median of each set's paired log-ratios to the base."""
     index = _index(point, arm)
-    return np.array([np.median(one[:, index] - one[:, 0]) for one in map(np.log, map(np.array, point.samples.runs))])
+    return np.array([np.nanmedian(np.log(one[:, index] / one[:, 0])) for one in _sets(point)])
+
+
+def _sets(point: Point) -> list[Array]:
+    """Of each set, its times by the wall clock, shape (rounds, arms); NaN where an arm sat a round out."""
+    return [np.array(one, float) for one in point.samples.runs]
 
 
 def _index(point: Point, arm: str) -> int:

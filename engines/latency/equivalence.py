@@ -47,18 +47,19 @@ class Ratio:
 
 
 def paired_ratio(times: Sequence[Array], base_times: Sequence[Array], error: float) -> Ratio:
-    """The ratio of two engines timed in the same rounds, in any unit: of each set its rounds, as many as there are.
+    """The ratio of two engines timed in the same rounds, in any unit: of each set its rounds, as many as there are, and
+    NaN in those that one of them sat out.
 
     Raises ValueError where the sets are too few for ``error``.
     """
     return signed_rank(
-        np.array([np.median(np.log(own / base)) for own, base in zip(times, base_times, strict=True)]), error
+        np.array([np.nanmedian(np.log(own / base)) for own, base in zip(times, base_times, strict=True)]), error
     )
 
 
 def quantile_ratio(times: Sequence[Array], base_times: Sequence[Array], quantile: float, error: float) -> Ratio:
     """The ratio of a quantile of the times within a set, such as 0.9; times and errors as ``paired_ratio``'s."""
-    own, base = (np.log([np.quantile(one, quantile) for one in sets]) for sets in (times, base_times))
+    own, base = (np.log([np.nanquantile(one, quantile) for one in sets]) for sets in (times, base_times))
     return signed_rank(own - base, error)
 
 

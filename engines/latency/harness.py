@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -22,9 +22,13 @@ from lora.files.tensorfile import Array
 from lora.progress import Progress, unheard
 
 Work = Callable[[Session], object]  # what is timed: one run, or a generation of several
+Sample = tuple[int, int]  # ns, by the wall clock and of CPU time
+Times = list[list[int | None]]  # ns, of shape (rounds, arms)
+InTurn = tuple[int, int, Session]  # every how many rounds, which arm, and its session
 
-# Runs of a fresh session before it is timed; fewer where so many seconds are over, one at least.
-WARMUP, WARM_SECONDS = 5, 0.5
+# Runs of a fresh session before it is timed; fewer where so many seconds are over, one at least. What is left of
+# warming up falls on all arms of a round alike, and a long run's first is hardly slower than its third.
+WARMUP, WARM_SECONDS = 5, 0.1
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class Arm:
     """A way to run the model: its name, and how to open a fresh session of it.
 
     ``asked``: what it costs is a question of its own, which keeps a run going. It is for the arms that users bring.
+    ``every`` so many rounds it is timed: an arm that no verdict waits for leaves its time to the others.
     """
 
     name: str
     open: Callable[[], Session]
     asked: bool = False
+    every: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Taken:
-    """What one set of sessions gave, in ns: wall and CPU times of shape (rounds, arms), and of each arm the opening and
-    the first run.
+    """What one set of sessions gave, in ns: wall and CPU times of shape (rounds, arms), none where an arm sat a round
+    out, and of each arm the opening and the first run.
     """
 
-    times: list[list[int]]
-    cpu: list[list[int]]
+    times: Times
+    cpu: Times
     opening: list[int]
     first: list[int]
 
@@ -119,7 +125,7 @@ class _Run:
         quickest runs of warming up: beside other work it is what the rounds before took.
         """
         if self._sets:
-            one = max(one, float(np.mean([np.sum(taken.times) / len(taken.times) for taken in self._sets])) / 1e9)
+            one = max(one, float(np.mean([_a_round(taken.times) for taken in self._sets])))
         left = self._protocol.budget - self.seconds
         rounds = best_rounds(self._summaries(), Costs(spent, one), self._protocol.budget)
         return max(LEAST_ROUNDS, min(rounds, int(left / one)))
@@ -139,7 +145,12 @@ class _Run:
         return Seen(point, point.verdict != "undecided" and "inconclusive" not in words)
 
 
-def _logs(times: list[list[int]]) -> Array:
+def _a_round(times: Times) -> float:
+    """What a round takes in the mean, in seconds."""
+    return float(np.nansum(np.array(times, float))) / len(times) / 1e9
+
+
+def _logs(times: Times) -> Array:
     """The rounds' log-ratios to the base, shape (rounds, arms)."""
     logs = np.log(np.array(times, float))
     beside: Array = logs - logs[:, :1]
@@ -149,10 +160,11 @@ def _logs(times: list[list[int]]) -> Array:
 def take_set(
     arms: Sequence[Arm], work: Work, rounds: int | Callable[[float, float], int], random: np.random.Generator
 ) -> Taken:
-    """One fresh session per arm, opened in shuffled order, warmed up, and timed in rounds of shuffled order.
+    """One fresh session per arm, opened in shuffled order, warmed up, and timed in rounds of one shuffled order.
 
     Which session is opened first shows in its times, for as long as it lives. Turning one order round would leave the
-    same arm at its ends, set after set.
+    same arm at its ends, set after set. All rounds of a set have the same order, so that two arms are always equally
+    far apart: what disturbs runs lasts for some of them, and evenly spaced differences cancel more of it.
     """
     creation = random.permutation(len(arms)).tolist()
     began, opening, warming = time.monotonic(), [0] * len(arms), [[0]] * len(arms)
@@ -166,8 +178,9 @@ def take_set(
             warming[index] = _warm_up(work, sessions[index])
         if not isinstance(rounds, int):
             rounds = rounds(time.monotonic() - began, sum(min(times) for times in warming) / 1e9)
-        taken = _measure_rounds(sessions, work, rounds, random)
-    times, cpu = ([[sample[clock] for sample in one] for one in taken] for clock in (0, 1))
+        order = [(arms[index].every, index, sessions[index]) for index in random.permutation(len(arms)).tolist()]
+        taken = _measure_rounds(order, work, rounds)
+    times, cpu = ([[sample and sample[clock] for sample in one] for one in taken] for clock in (0, 1))
     return Taken(times, cpu, opening, [times[0] for times in warming])
 
 
@@ -178,19 +191,18 @@ def _warm_up(work: Work, session: Session) -> list[int]:
     return times
 
 
-def _measure_rounds(
-    sessions: Mapping[int, Session], work: Work, rounds: int, random: np.random.Generator
-) -> list[list[tuple[int, int]]]:
+def _measure_rounds(order: Sequence[InTurn], work: Work, rounds: int) -> list[list[Sample | None]]:
     """Without the garbage collector, which would take its time from whichever arm it meets."""
     gc.collect()
     with uncollected():
-        return [_measure_round(sessions, work, random) for _ in range(rounds)]
+        return [_measure_round(order, work, number) for number in range(rounds)]
 
 
-def _measure_round(sessions: Mapping[int, Session], work: Work, random: np.random.Generator) -> list[tuple[int, int]]:
-    samples = [(0, 0)] * len(sessions)
-    for index in random.permutation(len(sessions)).tolist():
-        samples[index] = timed_by_both(work, sessions[index])
+def _measure_round(order: Sequence[InTurn], work: Work, number: int) -> list[Sample | None]:
+    samples: list[Sample | None] = [None] * len(order)
+    for every, index, session in order:
+        if number % every == 0:
+            samples[index] = timed_by_both(work, session)
     return samples
 
 
@@ -201,7 +213,7 @@ def timed(work: Work, session: Session) -> int:
     return time.perf_counter_ns() - start
 
 
-def timed_by_both(work: Work, session: Session) -> tuple[int, int]:
+def timed_by_both(work: Work, session: Session) -> Sample:
     """One sample by the wall clock and by this thread's CPU time, in ns.
 
     Reading the latter enters the kernel, so it is done outside of what the wall clock sees.

@@ -146,7 +146,7 @@ def _charts(point: Point, margin: float) -> Charts:
 
 
 def _times(point: Point, clock: Clock) -> list[Array]:
-    """Of each set, the times in ms by a clock, shape (rounds, arms)."""
+    """Of each set, the times in ms by a clock, shape (rounds, arms); NaN where an arm sat a round out."""
     samples = point.samples
     return [np.array(one, float) / 1e6 for one in (samples.cpu if clock == "cpu" else samples.runs)]
 
@@ -164,15 +164,15 @@ def _ruler(ratios: Iterable[Ratio], margin: float) -> Ruler:
 
 def _times_scale(by_clock: Iterable[list[Array]]) -> Scale:
     every = [np.concatenate(sets) for sets in by_clock]
-    low = min(float(times.min()) for times in every)
-    high = max(float(np.quantile(times, SHOWN)) for times in every)
+    low = min(float(np.nanmin(times)) for times in every)
+    high = max(float(np.nanquantile(times, SHOWN)) for times in every)
     return Scale(low, high if high > low else low * 1.01 + 1e-6)
 
 
 def _ratio_row(point: Point, clock: Clock, times: list[Array], index: int, scale: Scale) -> RatioRow:
     reading = point.by(clock)[index]
     ratio = reading.ratio
-    sets = [float(np.exp(np.median(np.log(one[:, index] / one[:, 0])))) for one in times]
+    sets = [float(np.exp(np.nanmedian(np.log(one[:, index] / one[:, 0])))) for one in times]
     says = (
         f"{reading.arm} by {NAMES[clock]}: {ratio.median:.4f} of the base's time, between {ratio.low:.4f} and"
         f" {ratio.high:.4f}: {reading.decision}"
@@ -192,6 +192,7 @@ def _ratio_row(point: Point, clock: Clock, times: list[Array], index: int, scale
 def _times_row(point: Point, clock: Clock, times: list[Array], index: int, scale: Scale) -> TimesRow:
     reading = point.by(clock)[index]
     every = np.concatenate(times)[:, index]
+    every = every[~np.isnan(every)]
     counts, edges = np.histogram(every[every <= scale.high], BINS, (scale.low, scale.high))
     tallest = max(1, int(counts.max()))
     bars = tuple(

@@ -48,15 +48,15 @@ class Load:
 @dataclass(frozen=True)
 class Samples:
     """Every time taken, in ns: runs of shape (sets, rounds, arms), whose rounds may be more in one set than in another;
-    of each set and arm, opening the session and its first run.
+    of each set and arm, opening the session and its first run. A run is null where its arm sat the round out.
 
     ``cpu`` is the calling thread's CPU time in the same runs; empty where that is not the engine's.
     """
 
-    runs: list[list[list[Nanoseconds]]]
+    runs: list[list[list[Nanoseconds | None]]]
     opening: list[list[Nanoseconds]]
     first: list[list[Nanoseconds]]
-    cpu: list[list[list[Nanoseconds]]] = field(default_factory=list)
+    cpu: list[list[list[Nanoseconds | None]]] = field(default_factory=list)
 
     @property
     def shape(self) -> str:
@@ -254,7 +254,7 @@ class _Schema(msgspec.Struct):
 
 
 def _is_whole(point: Point, arms: tuple[str, ...]) -> bool:
-    """Whether there is a time of every arm in every round of every set, by each clock that was looked at."""
+    """Whether every arm has times in every set, and the base in every round, by each clock that was looked at."""
     samples = point.samples
     by_clock = (samples.runs, samples.cpu) if samples.cpu else (samples.runs,)
     readings = (point.readings, point.by_cpu) if samples.cpu or point.by_cpu else (point.readings,)
@@ -267,5 +267,11 @@ def _is_whole(point: Point, arms: tuple[str, ...]) -> bool:
         and all([len(rounds) for rounds in runs] == [len(rounds) for rounds in samples.runs] for runs in by_clock)
         and len(samples.runs) == len(samples.opening) == len(samples.first)
         and all(len(one) == len(arms) for one in (*samples.opening, *samples.first, *times))
+        and all(one[0] is not None for one in times)
+        and all(_every_arm_ran(rounds) for runs in by_clock for rounds in runs)
         and point.by(point.clock) != ()
     )
+
+
+def _every_arm_ran(rounds: list[list[Nanoseconds | None]]) -> bool:
+    return all(any(times) for times in zip(*rounds, strict=True))

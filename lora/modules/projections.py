@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora.errors import AdapterError
@@ -47,20 +47,27 @@ def attention_targets(model: Any) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     Raises AdapterError when the model has no projection by a name that is known.
     """
     layers = {path: module for path, module in model.named_modules() if getattr(module, "weight", None) is not None}
-    queries, values = (
-        tuple(name for name in SEPARATE[part] if any(ends_in(path, (name,)) for path in layers)) for part in "qv"
-    )
+    queries, values = (_found(SEPARATE[part], layers) for part in "qv")
     if queries and values:
         return queries + values, (True,)
-    fused = tuple(name for name in FUSED if any(ends_in(path, (name,)) for path in layers))
+    fused = _found(FUSED, layers)
     if not fused:
         raise AdapterError(
             f"{type(model).__name__} has no queries and values by a name that is known; name the modules with --targets"
         )
-    in_order = all(
-        ends_in(path, IN_ORDER) and _has_three_blocks(layer) for path, layer in layers.items() if ends_in(path, fused)
-    )
-    return fused, (True, False, True) if in_order else (True,)
+    projections = {path: layer for path, layer in layers.items() if ends_in(path, fused)}
+    queries_and_values = (True, False, True)
+    return fused, queries_and_values if all(map(_lies_in_order, projections, projections.values())) else (True,)
+
+
+def _found(names: Iterable[str], layers: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of the names that a layer has."""
+    return tuple(name for name in names if any(ends_in(path, (name,)) for path in layers))
+
+
+def _lies_in_order(path: str, layer: Any) -> bool:
+    """Whether a fused projection's queries, keys and values are known to lie one after the other."""
+    return ends_in(path, IN_ORDER) and _has_three_blocks(layer)
 
 
 def fused_widths(config: Any, outputs: int) -> tuple[int, int, int] | None:

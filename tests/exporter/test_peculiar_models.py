@@ -117,6 +117,8 @@ def test_a_model_that_decides_by_length_what_it_computes_is_refused(tmp_path: Pa
         labels=LABELS,
     )
     base = save_base(bird, tmp_path / "base")
-    with pytest.raises(ExportError, match=r"holds for a sequence of at most 28, and the base takes 64: .*original_full"):
+    with pytest.raises(
+        ExportError, match=r"holds for a sequence of at most 28, and the base takes 64: .*original_full"
+    ):
         export(bird, base, save_adapter(bird, base, tmp_path / "adapter"), "task", tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()

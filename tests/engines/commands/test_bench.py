@@ -36,9 +36,9 @@ def test_bench_writes_every_sample_and_every_report(fill: Callable[..., list[str
     assert (done.returncode, done.stderr) == (DONE, "")
     found = read_report(files[0])
     (measured,) = found.points
-    runs = np.array(measured.samples.runs)
+    runs = np.array(measured.samples.runs, float)
     assert runs.shape[::2] == (6, 4)
-    assert runs.min() > 0
+    assert np.nanmin(runs) > 0
     assert [reading.arm for reading in measured.readings] == NAMES
     assert (found.subject, measured.load.batch, measured.load.length, found.margin) == ("first", 2, 8, 9)
     assert {"processor", "threads", "onnxruntime"} <= found.machine.keys()
@@ -85,7 +85,7 @@ def test_slower_is_status_one(
     ]
     monkeypatch.setattr(engines.latency.arms, "arms_of", lambda *_: replace(found, arms=tuple(slowed)))
     status, printed = in_process(
-        "bench", tiny_bundle.path, "--task", "first", "--length", "8", "--margin", "0.5", "--json"
+        "bench", tiny_bundle.path, "--task", "first", "--length", "8", "--margin", "50%", "--json"
     )
     assert (status, json.loads(printed)["verdict"]) == (NO, "slower")
 
@@ -170,6 +170,8 @@ def test_further_arms_are_timed_and_those_that_cannot_be_had_are_said(tiny_copy:
         (["--margin", "-1%"], "'-1%' is no share"),
         (["--margin", "1%%"], "'1%%' is no share"),
         (["--gate", "one"], "'one' is no share"),
+        (["--gate", "1"], "'1' would be 100%; write it with its sign, such as 1%"),
+        (["--margin", "0.5"], "'0.5' would be 50%; write it with its sign, such as 1%"),
         (["--seconds", "nan"], "Invalid value for '--seconds'"),
         (["--with", "adapter-x"], "'adapter-x' is not one of 'resident', 'adapter-h', 'adapter-l'"),
         (["--arm", "pruned.onnx"], "--arm 'pruned.onnx': expected NAME=FILE, such as pruned=pruned.onnx"),

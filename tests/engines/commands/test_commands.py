@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,10 +46,20 @@ def test_help_lists_the_commands_and_shows_an_example():
     }
 
 
-def test_no_command_shows_the_help_and_is_a_usage_error():
+def test_no_command_is_a_question_for_the_help():
     done = lorafuse()
+    assert (done.returncode, done.stderr) == (DONE, "")
+    assert done.stdout == lorafuse("--help").stdout
+
+
+def test_a_group_without_its_command_is_a_usage_error():
+    done = lorafuse("bundle")
     assert (done.returncode, done.stderr) == (BAD_INPUT, "lorafuse: no command given (see lorafuse --help)\n")
-    assert done.stdout.rstrip() == lorafuse("--help").stdout.rstrip()
+
+
+def test_version_is_the_installed_one():
+    done = lorafuse("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (DONE, f"{version('lorafuse')}\n", "")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ def test_each_bound_excludes_the_truth_no_more_often_than_declared(offset: float
     assert sum(ratio.high < 1.01 for ratio in ratios) / runs <= most
 
 
+def test_a_round_that_an_arm_sat_out_counts_for_nothing():
+    random = np.random.default_rng(0)
+    times, base = timings(random, 0.003, 0.01), timings(random, 0.003, 0.01)
+    gaps = times.copy()
+    gaps[:, 1::2] = np.nan
+    assert paired_ratio(gaps, base, ERROR) == paired_ratio(times[:, ::2], base[:, ::2], ERROR)
+    assert quantile_ratio(gaps, base, 0.9, ERROR) == quantile_ratio(times[:, ::2], base, 0.9, ERROR)
+
+
 def test_identical_times_have_a_ratio_of_exactly_one():
     times = timings(np.random.default_rng(0), 0.01, 0.05)
     assert paired_ratio(times, times, ERROR) == quantile_ratio(times, times, 0.9, ERROR) == Ratio(1.0, 1.0, 1.0, ERROR)
