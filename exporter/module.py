@@ -65,6 +65,7 @@ def export(
         signature=traced,
         weights=lambda role, head, replaced: state,
         tied=lambda head: (),
+        structure=lambda role, head: None,
         files=(),
         longest=0,
         vocabulary=0,

@@ -19,13 +19,15 @@ from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.manifest_file import check_task_name
 from exporter.bundle.records import MODEL, Base, Head, Precision, Store
 from exporter.bundle.staging import current_bundle, describe, staging
+from exporter.bundle.structure import of_graphs, read_structure
+from exporter.bundle.task_part import brought_whole
 from exporter.bundle.task_types import MODULE, task_type
 from exporter.heads import embeddings_apart, heads_of
 from exporter.source import Source, checkpoint, stored_names
-from exporter.writing import Exported, Graphs, TaskDraft, stored_values, write_task
+from exporter.writing import Exported, Graphs, TaskDraft, known_structure, stored_values, write_task
 from lora.adapter import Adapter
 from lora.bases.checkpoint import fingerprint
-from lora.errors import BundleError, ExportError
+from lora.errors import BundleError, CheckpointError, ExportError
 from lora.formats.peft import read_peft
 from lora.merging.fit import changes_by_parameter
 from lora.merging.merge import check_base
@@ -114,7 +116,8 @@ def add_task(
     check_base(read, base.sha256)
     heads = _module_heads(existing) or heads_of(read, existing.path / "base", apart=not base.tied)
     weights = tuple(existing.described(file) for file in base.weights)
-    graphs = {role: known_graph(existing, role, head, weights) for role, head in heads.items()}
+    structure = read_structure(existing)
+    graphs = {role: known_graph(existing, role, head, weights, structure) for role, head in heads.items()}
     known = {role: graph for role, graph in graphs.items() if graph is not None}
     if absent := [head for role, head in heads.items() if role not in known]:
         raise BundleError(
@@ -153,7 +156,11 @@ def _known_graphs(existing: Bundle, heads: Mapping[str, Head]) -> Graphs | None:
     held = held_weights(existing)
     if len(held) != len(existing.manifest.base.weights):
         return None
-    graphs = {role: known_graph(existing, role, head, held) for role, head in heads.items()}
+    try:
+        structure = read_structure(existing)
+    except (BundleError, CheckpointError):
+        return None
+    graphs = {role: known_graph(existing, role, head, held, structure) for role, head in heads.items()}
     known = {role: graph for role, graph in graphs.items() if graph is not None}
     return known if len(known) == len(heads) else None
 
@@ -164,8 +171,13 @@ def _have_values(graphs: Graphs, adapter: Adapter) -> bool:
     A head of the base's own is not in the bundle while all tasks have brought theirs.
     """
     stored = stored_values(graphs)
-    names = {name for graph in graphs.values() for name in graph.graph.weights}
-    return names <= stored.keys() | changes_by_parameter(stored, adapter).keys()
+    weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
+    absent = weights.keys() - stored.keys()
+    if not absent:
+        return True
+    structure = of_graphs(known_structure(graphs), weights, weights)
+    changes = changes_by_parameter(stored, adapter, structure)
+    return all(name in changes and brought_whole(changes[name]) for name in absent)
 
 
 def _module_heads(bundle: Bundle) -> dict[str, Head] | None:

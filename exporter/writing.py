@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -11,18 +12,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
 import numpy as np
 
 from exporter.base_graph import BaseGraph
 from exporter.bundle.edits import with_task
-from exporter.bundle.layout import ModelWeights, key, to_graph
+from exporter.bundle.layout import ModelWeights, WeightMap, key, to_graph
 from exporter.bundle.manifest import Bundle
-from exporter.bundle.records import MODEL, Base, File, Head, Part, Store, Task, Weight
+from exporter.bundle.records import MODEL, Base, File, Head, Manifest, Part, Store, Task, Weight
 from exporter.bundle.staging import commit, describe, named_by_content
+from exporter.bundle.structure import joined, of_graphs, staged_structure
 from exporter.bundle.task_part import brought_whole
 from exporter.graph.digest import graph_digest
 from exporter.graph.external_data import pointed
 from lora.adapter import Adapter
+from lora.bases.structure import BaseStructure
 from lora.errors import ExportError
 from lora.files.tensorfile import TensorFile, TensorWriter, numpy_dtype
 from lora.merging.fit import changes_by_parameter
@@ -83,7 +87,14 @@ def write_task(
     before()
     progress("writing the bundle")
     recorded = {parts[role].graph: graph.graph for role, graph in graphs.items()}
-    bundle = commit(out, stage, lambda current: with_task(current, draft.task, task, base, recorded, _versions()))
+
+    def with_it(current: Manifest | None) -> Manifest:
+        held = None if current is None else Bundle(out, current)
+        structure = staged_structure(stage, held, known_structure(graphs))
+        known = msgspec.structs.replace(base, structure=structure)
+        return with_task(current, draft.task, task, known, recorded, _versions())
+
+    bundle = commit(out, stage, with_it)
     return Exported(
         bundle=bundle,
         task=draft.task,
@@ -104,14 +115,21 @@ def stored_values(graphs: Graphs) -> ModelWeights:
     )
 
 
+def known_structure(graphs: Graphs) -> BaseStructure | None:
+    """What is known of the base's parameters, those of all parts."""
+    return functools.reduce(joined, (graph.structure for graph in graphs.values()), None)
+
+
 def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[str, File], list[str]]:
     """Merge one tensor after the other and stage those for each part's file.
 
     Returns the files by the parts' roles, and the names of all tensors that change.
     """
     stored = stored_values(graphs)
-    targets = changes_by_parameter(stored, draft.adapter)
-    dtypes = _dtypes(draft.adapter, targets, graphs)
+    weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
+    structure = of_graphs(known_structure(graphs), weights, stored)
+    targets = changes_by_parameter(stored, draft.adapter, structure)
+    dtypes = _dtypes(draft.adapter, targets, weights)
     # The widest first keeps every tensor aligned.
     ordered = dict(sorted(targets.items(), key=lambda target: (-dtypes[target[0]].itemsize, target[0])))
     changed = []
@@ -125,12 +143,12 @@ def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[
     return {role: file for role, file in files.items() if file is not None}, changed
 
 
-def _dtypes(adapter: Adapter, targets: Targets, graphs: Graphs) -> dict[str, np.dtype[np.generic]]:
+def _dtypes(adapter: Adapter, targets: Targets, weights: WeightMap) -> dict[str, np.dtype[np.generic]]:
     """{target: the dtype that the graphs read it in}. Raises ExportError for one that no graph has."""
-    weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
     for name in sorted(targets.keys() - weights.keys()):
         raise ExportError(
-            f"{adapter.path}: tensor '{name}' has no place in the graph; the adapter was trained on another model"
+            f"{adapter.path}: tensor '{name}' has no place in the graph: the model that is exported does not use it by"
+            " itself; train an adapter without it, or give the adapter's own --task-type"
         )
     return {name: numpy_dtype(weights[name].dtype) for name in targets}
 

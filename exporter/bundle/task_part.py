@@ -16,6 +16,7 @@ from exporter.bundle.layout import ModelWeights, WeightMap
 from exporter.bundle.linked import check_claimed, check_homes, check_mapped, linked
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.records import MODEL, Graph, Part, Task
+from exporter.bundle.structure import of_graphs, read_structure
 from lora.adapter import Adapter, Change, Replacement
 from lora.errors import BundleError
 from lora.files.mapped import Content
@@ -94,7 +95,8 @@ class TaskPart:
         if adapter is None:
             return {}
         base = self.base if len(self.task.parts) == 1 else ModelWeights(self._base_files, self._weights_of_all_parts)
-        changes, known = changes_by_parameter(base, adapter), self._weights_of_all_parts
+        known = self._weights_of_all_parts
+        changes = changes_by_parameter(base, adapter, of_graphs(read_structure(self.bundle), known, base))
         for name in changes.keys() - known.keys():
             raise BundleError(
                 f"{adapter.path}: changes '{printable(name)}', which has no place in the graph; export the task again"
