@@ -14,11 +14,11 @@ from onnx import helper
 
 from exporter.bundle.layout import ModelWeights, Order, key, to_graph
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.recipe import Recipe
 from exporter.bundle.records import File, Graph, Head, Port, Precision, Weight
 from exporter.bundle.staging import named_by_content
 from exporter.graph.external_data import parsed_file
 from exporter.source import Source
-from lora.adapter import Adapter
 from lora.bases.structure import BaseStructure
 from lora.errors import BundleError, ExportError
 from lora.files.tensorfile import Array, Lazy, TensorFile, numpy_dtype, write_tensors
@@ -67,7 +67,7 @@ def traced_graph(
     role: str,
     head: Head,
     precision: Precision,
-    adapter: Adapter,
+    recipe: Recipe,
     held: tuple[TensorFile, ...],
     stage: Path,
     progress: Progress,
@@ -77,7 +77,7 @@ def traced_graph(
     graph, proto = _trace(source, role, head, precision)
     structure = source.structure(role, head)
     progress("writing the base's weights")
-    values, present = source.weights(role, head, adapter.replaced), ModelWeights(held, graph.weights)
+    values, present = source.weights(role, head, recipe.replaced), ModelWeights(held, graph.weights)
     absent = {
         key(name, weight.order): _stored(name, values[name], weight, source.name)
         for name, weight in graph.weights.items()

@@ -49,7 +49,7 @@ class Source:
     vocabulary: int
 
 
-def checkpoint(folder: Path, fingerprint: Callable[[], str]) -> Source:
+def checkpoint(folder: Path, fingerprint: Callable[[], str], name: str) -> Source:
     """The base in ``folder``, a checkpoint that transformers knows. Raises ExportError where it does not."""
 
     def traced(role: str, head: Head, precision: Precision) -> Signature:
@@ -59,7 +59,7 @@ def checkpoint(folder: Path, fingerprint: Callable[[], str]) -> Source:
 
     longest, vocabulary = input_limits(folder, known_config(folder))
     return Source(
-        name=str(folder),
+        name=name,
         fingerprint=fingerprint,
         signature=traced,
         weights=lambda role, head, replaced: base_weights(folder, head, replaced, role),

@@ -19,17 +19,17 @@ from exporter.base_graph import BaseGraph
 from exporter.bundle.edits import with_task
 from exporter.bundle.layout import ModelWeights, WeightMap, key, to_graph
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.recipe import RECIPE, Recipe
 from exporter.bundle.records import MODEL, Base, File, Head, Manifest, Part, Store, Task, Weight
 from exporter.bundle.staging import commit, describe, named_by_content
 from exporter.bundle.structure import joined, of_graphs, staged_structure
 from exporter.bundle.task_part import brought_whole
 from exporter.graph.digest import graph_digest
 from exporter.graph.external_data import pointed
-from lora.adapter import Adapter
+from lora.bases.opening import DENSE
 from lora.bases.structure import BaseStructure
 from lora.errors import ExportError
 from lora.files.tensorfile import TensorFile, TensorWriter, numpy_dtype
-from lora.merging.fit import changes_by_parameter
 from lora.merging.merge import Merged, Targets, merge
 from lora.progress import Progress
 
@@ -38,7 +38,10 @@ TOOLS = ("lorafuse", "onnx")
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export added to the bundle, in bytes, and which tensors the task changes."""
+    """What an export added to the bundle, in bytes, and which tensors the task changes, by which ``formula``.
+
+    ``skipped`` are the components of the adapters' files that are for other models and were not merged.
+    """
 
     bundle: Bundle
     task: str
@@ -48,14 +51,16 @@ class Exported:
     changed_bytes: int
     adapter_bytes: int
     changed: tuple[str, ...]
+    formula: str = DENSE
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TaskDraft:
-    """A task to be written: what the heads of its parts, its adapter, labels and way of storage were found to be."""
+    """A task to be written: what the heads of its parts, its adapters, labels and way of storage were found to be."""
 
     task: str
-    adapter: Adapter
+    recipe: Recipe
     heads: Mapping[str, Head]
     labels: tuple[str, ...]
     store: Store
@@ -80,8 +85,8 @@ def write_task(
     task = Task(
         parts=parts,
         store=draft.store,
-        adapter=_copy_adapter(stage, draft.task, draft.adapter),
-        adapter_sha256=draft.adapter.sha256,
+        adapter=_copy_adapters(stage, draft.task, draft.recipe),
+        adapter_sha256=draft.recipe.sha256,
         labels=draft.labels,
     )
     before()
@@ -104,6 +109,7 @@ def write_task(
         changed_bytes=sum(file.size for file in weights.values()),
         adapter_bytes=sum(file.size for file in task.adapter),
         changed=tuple(sorted(changed)),
+        skipped=draft.recipe.skipped,
     )
 
 
@@ -128,14 +134,14 @@ def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[
     stored = stored_values(graphs)
     weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
     structure = of_graphs(known_structure(graphs), weights, stored)
-    targets = changes_by_parameter(stored, draft.adapter, structure)
-    dtypes = _dtypes(draft.adapter, targets, weights)
+    targets, source = draft.recipe.targets(stored, structure), draft.recipe.name
+    dtypes = _dtypes(source, targets, weights)
     # The widest first keeps every tensor aligned.
     ordered = dict(sorted(targets.items(), key=lambda target: (-dtypes[target[0]].itemsize, target[0])))
     changed = []
     with ExitStack() as stack:
         writers = {role: stack.enter_context(_PartWriter(stage, draft, role, graphs[role], targets)) for role in graphs}
-        for merged in merge(stored, ordered, draft.adapter.path, dtypes):
+        for merged in merge(stored, ordered, source, dtypes):
             changed.append(merged.parameter)
             for writer in writers.values():
                 writer.add(merged)
@@ -143,11 +149,11 @@ def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[
     return {role: file for role, file in files.items() if file is not None}, changed
 
 
-def _dtypes(adapter: Adapter, targets: Targets, weights: WeightMap) -> dict[str, np.dtype[np.generic]]:
+def _dtypes(source: str, targets: Targets, weights: WeightMap) -> dict[str, np.dtype[np.generic]]:
     """{target: the dtype that the graphs read it in}. Raises ExportError for one that no graph has."""
     for name in sorted(targets.keys() - weights.keys()):
         raise ExportError(
-            f"{adapter.path}: tensor '{name}' has no place in the graph: the model that is exported does not use it by"
+            f"{source}: tensor '{name}' has no place in the graph: the model that is exported does not use it by"
             " itself; train an adapter without it, or give the adapter's own --task-type"
         )
     return {name: numpy_dtype(weights[name].dtype) for name in targets}
@@ -211,15 +217,18 @@ def _staged_part(stage: Path, draft: TaskDraft, role: str, graph: BaseGraph, wei
     return Part(graph=graph_digest(graph.proto), model=model, weights=weights)
 
 
-def _copy_adapter(stage: Path, task: str, adapter: Adapter) -> tuple[File, ...]:
-    """Keep the adapter beside what was made of it: a bundle can be verified against its formula without other files."""
-    if not adapter.files:
-        return ()
-    folder = f"adapters/{task}-{adapter.sha256[:8]}"
-    (stage / folder).mkdir(parents=True)
-    for file in adapter.files:
-        shutil.copyfile(file, stage / folder / file.name)
-    return tuple(describe(stage, f"{folder}/{file.name}") for file in adapter.files)
+def _copy_adapters(stage: Path, task: str, recipe: Recipe) -> tuple[File, ...]:
+    """Keep the adapters beside what was made of them: a bundle is verified against its formula without other files."""
+    folder = f"adapters/{task}-{recipe.sha256[:8]}"
+    places = []
+    for place, file in recipe.places():
+        (stage / folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, stage / folder / place)
+        places.append(place)
+    if not recipe.plain:
+        (stage / folder / RECIPE).write_bytes(recipe.written())
+        places.append(RECIPE)
+    return tuple(describe(stage, f"{folder}/{place}") for place in places)
 
 
 def _versions() -> dict[str, str]:

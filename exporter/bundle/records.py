@@ -7,7 +7,7 @@
     <task>-<hash>.onnx                 a task's graph; weights are external data in the two safetensors files
     <task>-<hash>.safetensors          the tensors that the task changes
     base-<hash>.onnx                   an unadapted graph, shared by tasks that leave it alone or are merged at load
-    adapters/<task>-<hash>/            the adapter that the task was merged from
+    adapters/<task>-<hash>/            the adapters that the task was merged from, and their recipe
     engines/                           built engines and the timing caches of their builds
 
 A model of several parts (two towers, an encoder and a decoder) has a graph and a weights file for each:
