@@ -88,6 +88,24 @@ def base_weights(folder: Path, head: Head, replaced: Iterable[str], role: str = 
     return {name: tensor.numpy() for name, tensor in model.state_dict().items() if name not in absent | other_heads}
 
 
+def loaded(folder: Path, head: Head, role: str = MODEL) -> tuple[Any, frozenset[str]]:
+    """The model with ``head`` as transformers loads it, in the stored dtype; and which parameters it made up."""
+    transformers = _transformers()
+    with _refusing(f"{folder}: transformers {transformers.__version__} can't load this base"):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model, loading = _model_class(head, config, role).from_pretrained(
+            folder,
+            dtype="auto",
+            attn_implementation=ATTENTION,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            **_config_changes(head),
+        )
+    absent = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+    return model.eval(), frozenset(absent)
+
+
 def tied_groups(folder: Path, head: Head) -> tuple[tuple[str, ...], ...]:
     """Groups of parameters' names that are one tensor in the model with ``head``, by transformers' own tying.
 

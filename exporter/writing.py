@@ -22,7 +22,7 @@ from exporter.bundle.manifest import Bundle
 from exporter.bundle.recipe import RECIPE, Recipe
 from exporter.bundle.records import MODEL, Base, File, Head, Manifest, Part, Store, Task, Weight
 from exporter.bundle.staging import commit, describe, named_by_content
-from exporter.bundle.structure import joined, of_graphs, staged_structure
+from exporter.bundle.structure import joined, of_graphs, staged_structure, unread
 from exporter.bundle.task_part import brought_whole
 from exporter.graph.digest import graph_digest
 from exporter.graph.external_data import pointed
@@ -40,7 +40,8 @@ TOOLS = ("lorafuse", "onnx")
 class Exported:
     """What an export added to the bundle, in bytes, and which tensors the task changes, by which ``formula``.
 
-    ``skipped`` are the components of the adapters' files that are for other models and were not merged.
+    ``skipped`` are the components of the adapters' files that are for other models and were not merged; ``unread`` are
+    changed parameters that no graph reads, because its outputs do not depend on them.
     """
 
     bundle: Bundle
@@ -53,6 +54,7 @@ class Exported:
     changed: tuple[str, ...]
     formula: str = DENSE
     skipped: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def write_task(
 ) -> Exported:
     """Merge, stage the task's files, and commit them once ``before`` has returned."""
     progress("merging")
-    weights, changed = _write_changed(stage, draft, graphs)
+    weights, changed, without = _write_changed(stage, draft, graphs)
     parts = {role: _staged_part(stage, draft, role, graph, weights.get(role)) for role, graph in graphs.items()}
     task = Task(
         parts=parts,
@@ -110,6 +112,7 @@ def write_task(
         adapter_bytes=sum(file.size for file in task.adapter),
         changed=tuple(sorted(changed)),
         skipped=draft.recipe.skipped,
+        unread=tuple(sorted(without)),
     )
 
 
@@ -126,15 +129,17 @@ def known_structure(graphs: Graphs) -> BaseStructure | None:
     return functools.reduce(joined, (graph.structure for graph in graphs.values()), None)
 
 
-def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[str, File], list[str]]:
+def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[str, File], list[str], frozenset[str]]:
     """Merge one tensor after the other and stage those for each part's file.
 
-    Returns the files by the parts' roles, and the names of all tensors that change.
+    Returns the files by the parts' roles, the names of all tensors that change, and of those that no graph reads.
     """
     stored = stored_values(graphs)
     weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
     structure = of_graphs(known_structure(graphs), weights, stored)
     targets, source = draft.recipe.targets(stored, structure), draft.recipe.name
+    without = unread(structure, targets, weights)
+    targets = {name: changes for name, changes in targets.items() if name not in without}
     dtypes = _dtypes(source, targets, weights)
     # The widest first keeps every tensor aligned.
     ordered = dict(sorted(targets.items(), key=lambda target: (-dtypes[target[0]].itemsize, target[0])))
@@ -146,7 +151,7 @@ def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[
             for writer in writers.values():
                 writer.add(merged)
     files = {role: writer.file() for role, writer in writers.items()}
-    return {role: file for role, file in files.items() if file is not None}, changed
+    return {role: file for role, file in files.items() if file is not None}, changed, without
 
 
 def _dtypes(source: str, targets: Targets, weights: WeightMap) -> dict[str, np.dtype[np.generic]]:

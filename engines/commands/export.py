@@ -152,6 +152,7 @@ def print_exported(exported: Exported, out: Path, as_json: bool) -> None:
                 "changed": exported.changed,
                 "formula": exported.formula,
                 "skipped": exported.skipped,
+                "unread": exported.unread,
                 "bytes_added": added,
             }
         )
@@ -166,3 +167,5 @@ def print_exported(exported: Exported, out: Path, as_json: bool) -> None:
     print(f"formula: {exported.formula}")
     if exported.skipped:
         print(f"not merged, because they are for other models: {', '.join(exported.skipped)}")
+    if exported.unread:
+        print(f"left out, because no output depends on them: {', '.join(exported.unread)}")

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from exporter.bundle.structure import of_class
 from lora.adapter import Adapter, Change
 from lora.bases.structure import BaseStructure
 from lora.errors import AdapterError
@@ -102,7 +103,7 @@ class Recipe:
 
     def targets(self, base: Mapping[str, Array], structure: BaseStructure | None) -> dict[str, list[Change]]:
         """{parameter: its changes} of all adapters together. Raises AdapterError as a merge does."""
-        return combined(base, self.adapters, self.blending, lambda adapter: structure)
+        return combined(base, self.adapters, self.blending, lambda one: of_class(structure, one.model_class))
 
     def places(self) -> Iterator[tuple[str, Path]]:
         """(place below the task's folder, file) of the adapters' files; those of several in a folder for each."""

@@ -7,7 +7,7 @@ of them; the shapes, and what has values, are those of the graphs that are read.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from exporter.bundle.records import File, Weight
 from exporter.bundle.staging import named_by_content
 from lora.bases.structure import BaseStructure, Parameter, Piece, from_json
 from lora.errors import LorafuseError
+
+TOWERS = ("text", "vision")
 
 
 def read_structure(bundle: Bundle) -> BaseStructure | None:
@@ -75,6 +77,35 @@ def of_graphs(known: BaseStructure | None, weights: WeightMap, held: Collection[
         parameters[name] = Parameter(kind, _shape(weight), (Piece(name),) if name in held else ())
     aliases = {alias: parameters[parameter.stored[0].name] for alias, parameter in known.aliases.items()}
     return replace(known, parameters=parameters, aliases={name: one for name, one in aliases.items() if one.stored})
+
+
+def of_class(structure: BaseStructure | None, model_class: str | None) -> BaseStructure | None:
+    """Of a model of two towers the one whose class an adapter names: the layers of both are called the same."""
+    if structure is None or model_class is None:
+        return structure
+    prefixes = [f"{tower}_model." for tower in TOWERS if f"{tower.capitalize()}Model" in model_class]
+    if not prefixes or not any(name.startswith(f"{tower}_model.") for name in structure.parameters for tower in TOWERS):
+        return structure
+    (prefix,) = prefixes
+    others = [f"{tower}_model." for tower in TOWERS if f"{tower}_model." != prefix]
+    parameters, aliases = (
+        {name: parameter for name, parameter in names.items() if not name.startswith(tuple(others))}
+        for names in (structure.parameters, structure.aliases)
+    )
+    return replace(structure, parameters=parameters, aliases=aliases)
+
+
+def unread(structure: BaseStructure | None, names: Iterable[str], weights: WeightMap) -> frozenset[str]:
+    """Of these parameters those that the model has and no graph reads, so that no output depends on them (the pooler
+    of an encoder whose decoder reads its hidden states). A tied one is not among them: its partner is read.
+    """
+    if structure is None:
+        return frozenset()
+    return frozenset(
+        name
+        for name in names
+        if name not in weights and (known := structure.parameters.get(name)) is not None and known.stored
+    )
 
 
 def staged_structure(stage: Path, current: Bundle | None, found: BaseStructure | None) -> File | None:

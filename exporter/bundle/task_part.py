@@ -17,7 +17,7 @@ from exporter.bundle.linked import check_claimed, check_homes, check_mapped, lin
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.recipe import Recipe, read_recipe
 from exporter.bundle.records import MODEL, Graph, Part, Task
-from exporter.bundle.structure import of_graphs, read_structure
+from exporter.bundle.structure import of_graphs, read_structure, unread
 from lora.adapter import Change, Replacement
 from lora.errors import BundleError
 from lora.files.mapped import Content
@@ -90,13 +90,14 @@ class TaskPart:
     @cached_property
     def changes(self) -> dict[str, list[Change]]:
         """{parameter: its changes} of the adapter that the task was made of; none where it is the unadapted base."""
-        recipe = self._recipe
+        recipe = self.recipe
         if not recipe.adapters:
             return {}
         base = self.base if len(self.task.parts) == 1 else ModelWeights(self._base_files, self._weights_of_all_parts)
         known = self._weights_of_all_parts
-        changes = recipe.targets(base, of_graphs(read_structure(self.bundle), known, base))
-        for name in changes.keys() - known.keys():
+        structure = of_graphs(read_structure(self.bundle), known, base)
+        changes = recipe.targets(base, structure)
+        for name in changes.keys() - known.keys() - unread(structure, changes, known):
             raise BundleError(
                 f"{recipe.name}: changes '{printable(name)}', which has no place in the graph; export the task again"
             )
@@ -133,7 +134,8 @@ class TaskPart:
         return file
 
     @cached_property
-    def _recipe(self) -> Recipe:
+    def recipe(self) -> Recipe:
+        """What the task was made of: its adapters, as the bundle keeps them."""
         return read_recipe([self.bundle.mapped(file) for file in self.task.adapter])
 
     @property

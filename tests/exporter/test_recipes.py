@@ -21,6 +21,7 @@ from exporter.bundle.edits import remove_task
 from exporter.bundle.manifest import open_bundle
 from exporter.bundle.recipe import RECIPE, read_recipe
 from exporter.bundle.task_part import task_part
+from exporter.proof.from_checkpoint import of_checkpoint
 from exporter.proof.verify import verify
 from exporter.task import Adapters, Request, add_task, export_task
 from exporter.variants.graphs import unmerged_graph
@@ -196,6 +197,8 @@ def test_several_adapters_are_added_with_their_weights(made: Made, bundle: Path,
     assert close(answer(bundle, "both"), answered(weights, made.base))
     part = task_part(open_bundle(bundle), "both")
     assert verify(part, [inputs()], {}).passed
+    with of_checkpoint(part, made.base) as reference:
+        assert verify(part, [inputs()], {}, reference).passed
     swapped = Adapters(given.paths[::-1])
     assert (
         add_task(bundle, swapped, "swapped", store=store).bundle.task("swapped").adapter_sha256 == task.adapter_sha256
@@ -277,5 +280,8 @@ def test_a_quantized_base_is_exported_as_what_it_stands_for(made: Made, tmp_path
     for module, (a, b) in updates(made.adapter).items():
         weights[f"{module}.weight"] = weights[f"{module}.weight"] + np.float32(ALPHA / RANK) * (b @ a)
     assert close(answer(tmp_path / "bundle", "task"), answered(weights, made.base))
+    part = task_part(exported.bundle, "task")
+    with of_checkpoint(part, base) as reference:
+        assert verify(part, [inputs()], {}, reference).passed
     again = export_task(Request(base, made.adapter, "again", dequantize=True), tmp_path / "bundle")
     assert not again.traced
