@@ -64,6 +64,7 @@ def _reference(part: TaskPart, folder: Path, base: Path) -> Reference:
         base=lambda name: values.base(name).numpy(),
         adapted=values.run(caller(module, streamed.run), adapted=True),
         unadapted=values.run(caller(module, streamed.run), adapted=False),
+        release=values.release,
     )
 
 
@@ -116,6 +117,10 @@ class _Values:
             return runner(inputs)
 
         return switched
+
+    def release(self) -> None:
+        """Forget the checkpoint."""
+        self._held.clear()
 
     def _brought(self, name: str) -> list[Change]:
         return [change for change in self._changes.get(name, ()) if isinstance(change, Replacement)]

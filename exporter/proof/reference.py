@@ -28,7 +28,8 @@ OF_THE_BUNDLE = "the bundle's own reading of its base; give --base FOLDER to hol
 @dataclass(frozen=True)
 class Reference:
     """``words`` say which reference it is. ``exact`` and ``base`` give a parameter of the adapted model, in float64,
-    and of the unadapted one; ``adapted`` and ``unadapted`` run these models in float64.
+    and of the unadapted one; ``adapted`` and ``unadapted`` run these models in float64. ``release`` gives their memory
+    back: the reference can't be asked afterwards.
     """
 
     words: str
@@ -36,6 +37,7 @@ class Reference:
     base: Callable[[str], Array]
     adapted: Runner
     unadapted: Runner
+    release: Callable[[], None] = lambda: None
 
 
 def of_bundle(part: TaskPart) -> Reference:
