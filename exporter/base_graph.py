@@ -14,11 +14,12 @@ from onnx import helper
 
 from exporter.bundle.layout import ModelWeights, Order, key, to_graph
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.recipe import Recipe
 from exporter.bundle.records import File, Graph, Head, Port, Precision, Weight
 from exporter.bundle.staging import named_by_content
 from exporter.graph.external_data import parsed_file
 from exporter.source import Source
-from lora.adapter import Adapter
+from lora.bases.structure import BaseStructure
 from lora.errors import BundleError, ExportError
 from lora.files.tensorfile import Array, Lazy, TensorFile, numpy_dtype, write_tensors
 from lora.progress import Progress
@@ -29,13 +30,17 @@ LENGTHS = ("sequence", "decoder_sequence", "past_sequence", "total_sequence")
 
 @dataclass(frozen=True)
 class BaseGraph:
-    """A graph and the files that hold the base's values; ``added`` are those that are not in the bundle yet."""
+    """A graph and the files that hold the base's values; ``added`` are those that are not in the bundle yet.
+
+    ``structure`` is what is known of the parameters: what the bundle keeps, or was found when the graph was traced.
+    """
 
     graph: Graph
     proto: onnx.ModelProto
     weights: tuple[TensorFile, ...]
     added: tuple[File, ...]
     traced: bool
+    structure: BaseStructure | None = None
 
     @property
     def stored(self) -> ModelWeights:
@@ -43,14 +48,20 @@ class BaseGraph:
         return ModelWeights(self.weights, self.graph.weights)
 
 
-def known_graph(existing: Bundle, role: str, head: Head, weights: tuple[TensorFile, ...]) -> BaseGraph | None:
-    """The graph of a task in the bundle that has the same head; none where no undamaged one has."""
+def known_graph(
+    existing: Bundle, role: str, head: Head, weights: tuple[TensorFile, ...], structure: BaseStructure | None
+) -> BaseGraph | None:
+    """The graph of a task in the bundle that has the same head; none where no undamaged one has.
+
+    ``structure`` is the bundle's.
+    """
     for task in existing.manifest.tasks.values():
         part = task.parts.get(role)
         if part is not None and existing.manifest.graphs[part.graph].head == head:
             with suppress(BundleError):
                 proto = parsed_file(existing.path / part.model.path, existing.content(part.model))
-                return BaseGraph(existing.manifest.graphs[part.graph], proto, weights, added=(), traced=False)
+                graph = existing.manifest.graphs[part.graph]
+                return BaseGraph(graph, proto, weights, added=(), traced=False, structure=structure)
     return None
 
 
@@ -59,7 +70,7 @@ def traced_graph(
     role: str,
     head: Head,
     precision: Precision,
-    adapter: Adapter,
+    recipe: Recipe,
     held: tuple[TensorFile, ...],
     stage: Path,
     progress: Progress,
@@ -67,18 +78,20 @@ def traced_graph(
     """Trace the base with ``head``, and stage those of its weights that no file of ``held`` has yet."""
     progress("tracing the base model (once for this head)")
     graph, proto = _trace(source, role, head, precision)
+    structure = source.structure(role, head)
     progress("writing the base's weights")
-    values, present = source.weights(role, head, adapter.replaced), ModelWeights(held, graph.weights)
+    values, present = source.weights(role, head, recipe.replaced), ModelWeights(held, graph.weights)
     absent = {
         key(name, weight.order): _stored(name, values[name], weight, source.name)
         for name, weight in graph.weights.items()
         if name in values and name not in present
     }
     if not absent:
-        return BaseGraph(graph, proto, held, added=(), traced=True)
+        return BaseGraph(graph, proto, held, added=(), traced=True, structure=structure)
     write_tensors(stage / "base.safetensors", absent)
     added = named_by_content(stage / "base.safetensors", "base")
-    return BaseGraph(graph, proto, (*held, TensorFile(stage / added.path)), added=(added,), traced=True)
+    weights = (*held, TensorFile(stage / added.path))
+    return BaseGraph(graph, proto, weights, added=(added,), traced=True, structure=structure)
 
 
 def held_weights(bundle: Bundle) -> tuple[TensorFile, ...]:

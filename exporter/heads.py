@@ -35,7 +35,7 @@ def heads_of(adapter: Adapter, folder: Path, task_type: str | None = None, apart
     config = read_config(folder)
     towers = TOWERS.get(str(config.get("model_type")), {})
     head = _head(adapter, folder, config, task_type, apart)
-    if towers and head.task_type == "FEATURE_EXTRACTION" and _changes_any(adapter, towers["text"]):
+    if towers and head.task_type == "FEATURE_EXTRACTION" and "text" in _towers_of(adapter, towers):
         return dict.fromkeys(towers, head)
     return {MODEL: head}
 
@@ -65,9 +65,9 @@ def _head(adapter: Adapter, folder: Path, config: Mapping[str, Any], task_type: 
         _check_part(adapter, str(config.get("model_type")))
     if TASK_TYPES[kind].brings_head:
         return Head(kind, _rows_of_head(adapter) or _classes(config))
-    size = _first(
-        config,
-        ("vocab_size",) if TASK_TYPES[kind].models_language else WIDTHS,
+    decoder = config.get("decoder") or {}  # of a model that is made of two, the one that speaks
+    size = (
+        _first({**decoder, **config}, ("vocab_size",)) if TASK_TYPES[kind].models_language else _first(config, WIDTHS)
     )
     if size is None:
         raise ExportError(
@@ -102,6 +102,21 @@ def _paths(adapter: Adapter) -> Iterator[str]:
 
 def _changes_any(adapter: Adapter, modules: tuple[str, ...]) -> bool:
     return any(module in path.split(".") for path in _paths(adapter) for module in modules)
+
+
+def _towers_of(adapter: Adapter, towers: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """The towers that the adapter changes: its modules' paths begin with them, or its class is one of them.
+
+    Raises ExportError where neither says it: both towers have layers of the same names.
+    """
+    named = {tower for tower, modules in towers.items() if _changes_any(adapter, modules)}
+    of_class = {tower for tower in towers if f"{tower.capitalize()}Model" in (adapter.model_class or "")}
+    if adapter.changes and not named and not of_class:
+        raise ExportError(
+            f"{adapter.path}: '{next(_paths(adapter))}' may be of the {' or the '.join(towers)} tower, and the file"
+            " does not say which; give an adapter that names its class (auto_mapping in adapter_config.json)"
+        )
+    return named or of_class
 
 
 def _check_part(adapter: Adapter, model_type: str) -> None:

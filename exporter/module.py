@@ -17,7 +17,7 @@ from exporter.bundle.task_types import MODULE
 from exporter.graph.precision import torch_dtype
 from exporter.graph.signature import Called, Signature
 from exporter.source import Source
-from exporter.task import adapter_of, check_same_base, export_traced, precision_of
+from exporter.task import check_same_base, export_traced, precision_of, recipe_of
 from exporter.writing import Exported, TaskDraft
 from lora.progress import Progress, unheard
 
@@ -46,7 +46,7 @@ def export(
     >>> export(net, {"x": torch.ones(2, 8)}, "bundle", task="digits", adapter="adapters/digits")  # doctest: +SKIP
     """
     check_task_name(task)
-    read = adapter_of(Path(adapter) if adapter is not None else None, Path(task))
+    recipe = recipe_of(Path(adapter) if adapter is not None else None)
     dynamic = {name: dict(axes.get(name, {})) if axes is not None else {0: "batch"} for name in example_inputs}
 
     def traced(role: str, head: Head, asked: Precision) -> Signature:
@@ -65,13 +65,14 @@ def export(
         signature=traced,
         weights=lambda role, head, replaced: state,
         tied=lambda head: (),
+        structure=lambda role, head: None,
         files=(),
         longest=0,
         vocabulary=0,
     )
     existing = current_bundle(Path(out))
     check_same_base(existing, sha256)
-    draft = TaskDraft(task, read, {MODEL: Head(MODULE, len(outputs))}, labels=(), store=store)
+    draft = TaskDraft(task, recipe, {MODEL: Head(MODULE, len(outputs))}, labels=(), store=store)
     # Traced each time: weights have a fingerprint, a module's code has none.
     return export_traced(source, draft, precision_of(existing, precision), existing, Path(out), progress)
 

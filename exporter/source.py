@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from exporter.bundle.records import Head, Precision
 from exporter.heads import embeddings_apart
-from exporter.transformers_base import base_weights, input_limits, known_config, skeleton, tied_groups
+from exporter.transformers_base import base_structure, base_weights, input_limits, known_config, skeleton, tied_groups
 from lora.bases.checkpoint import weight_files
+from lora.bases.structure import BaseStructure
 from lora.files.tensorfile import Array, TensorFile
 
 if TYPE_CHECKING:  # a task with a known head is exported without torch
@@ -32,8 +33,9 @@ class Source:
     ``fingerprint`` takes seconds to make, so it is asked for late.
 
     ``signature`` makes a module to trace of a part of the model; ``weights`` gives the real values by parameter name,
-    without those that an adapter replaces (``replaced``); ``tied`` says which parameters are one tensor. ``files`` are
-    copied into the bundle; ``longest`` and ``vocabulary`` are the base's limits in tokens.
+    without those that an adapter replaces (``replaced``); ``tied`` says which parameters are one tensor, ``structure``
+    what each parameter is (None: nobody knows). ``files`` are copied into the bundle; ``longest`` and ``vocabulary``
+    are the base's limits in tokens.
     """
 
     name: str
@@ -41,12 +43,13 @@ class Source:
     signature: Callable[[str, Head, Precision], Signature]
     weights: Callable[[str, Head, Iterable[str]], Mapping[str, Array]]
     tied: Callable[[Head], tuple[tuple[str, ...], ...]]
+    structure: Callable[[str, Head], BaseStructure | None]
     files: tuple[Path, ...]
     longest: int
     vocabulary: int
 
 
-def checkpoint(folder: Path, fingerprint: Callable[[], str]) -> Source:
+def checkpoint(folder: Path, fingerprint: Callable[[], str], name: str) -> Source:
     """The base in ``folder``, a checkpoint that transformers knows. Raises ExportError where it does not."""
 
     def traced(role: str, head: Head, precision: Precision) -> Signature:
@@ -56,11 +59,12 @@ def checkpoint(folder: Path, fingerprint: Callable[[], str]) -> Source:
 
     longest, vocabulary = input_limits(folder, known_config(folder))
     return Source(
-        name=str(folder),
+        name=name,
         fingerprint=fingerprint,
         signature=traced,
         weights=lambda role, head, replaced: base_weights(folder, head, replaced, role),
         tied=lambda head: () if embeddings_apart(stored_names(folder)) else tied_groups(folder, head),
+        structure=lambda role, head: base_structure(folder, head, role),
         files=tuple(folder / name for name in SIDE_FILES if (folder / name).is_file()),
         longest=longest,
         vocabulary=vocabulary,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -17,37 +17,53 @@ import msgspec
 from exporter.base_graph import BaseGraph, held_weights, known_graph, traced_graph
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.manifest_file import check_task_name
+from exporter.bundle.recipe import Recipe, ordered
 from exporter.bundle.records import MODEL, Base, Head, Precision, Store
 from exporter.bundle.staging import current_bundle, describe, staging
+from exporter.bundle.structure import of_graphs, read_structure
+from exporter.bundle.task_part import brought_whole
 from exporter.bundle.task_types import MODULE, task_type
+from exporter.dense_base import dense_folder, write_dense
 from exporter.heads import embeddings_apart, heads_of
-from exporter.source import Source, checkpoint, stored_names
-from exporter.writing import Exported, Graphs, TaskDraft, stored_values, write_task
+from exporter.source import Source, checkpoint
+from exporter.writing import Exported, Graphs, TaskDraft, known_structure, stored_values, write_task
 from lora.adapter import Adapter
-from lora.bases.checkpoint import fingerprint
-from lora.errors import BundleError, ExportError
-from lora.formats.peft import read_peft
-from lora.merging.fit import changes_by_parameter
+from lora.bases.opening import Base as Opened
+from lora.bases.opening import open_base
+from lora.errors import BundleError, CheckpointError, ExportError
+from lora.formats.read import ReadOptions, read_adapter
 from lora.merging.merge import check_base
+from lora.merging.several import Blending, Weighted
 from lora.progress import Progress, unheard
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Adapters of any format with their weights, how to read what their files leave open, and how to combine them."""
+
+    paths: tuple[tuple[Path, float], ...]
+    options: ReadOptions = field(default_factory=ReadOptions)
+    blending: Blending = field(default_factory=Blending)
+
+
+@dataclass(frozen=True)
 class Request:
-    """What to export: the folders of the base and the adapter, the task's name, and its class labels.
+    """What to export: the base, the adapter or several, the task's name, and its class labels.
 
     Without an adapter, the task is the base as it is; labels may be empty.
 
-    ``task_type`` overrides the adapter's, ``precision`` None is the bundle's, or float32 in a new one.
+    ``task_type`` overrides the adapter's, ``precision`` None is the bundle's, or float32 in a new one. A quantized base
+    is exported only with ``dequantize``.
     """
 
     base: Path
-    adapter: Path | None
+    adapter: Path | Adapters | None
     task: str
     labels: tuple[str, ...] = ()
     task_type: str | None = None
     precision: Precision | None = None
     store: Store = "dense"
+    dequantize: bool = False
 
 
 def export_task(request: Request, out: Path, progress: Progress = unheard) -> Exported:
@@ -59,20 +75,32 @@ def export_task(request: Request, out: Path, progress: Progress = unheard) -> Ex
     """
     check_task_name(request.task)
     progress("reading the adapter")
-    adapter = adapter_of(request.adapter, request.base)
-    apart = embeddings_apart(stored_names(request.base))
-    heads = heads_of(adapter, request.base, request.task_type, apart)
+    recipe = recipe_of(request.adapter)
+    opened = open_base(request.base, request.dequantize)
+    with dense_folder(opened) as folder:
+        exported = _exported(request, recipe, opened, folder, out, progress)
+    return replace(exported, formula=opened.formula)
+
+
+def _exported(
+    request: Request, recipe: Recipe, opened: Opened, folder: Path, out: Path, progress: Progress
+) -> Exported:
+    """Export from the dense base in ``folder``, to which the weights of a quantized one are written if need be."""
+    adapter = recipe.adapter if recipe.adapters else unadapted(request.base)
+    heads = heads_of(adapter, folder, request.task_type, embeddings_apart(opened.tensors))
     existing = current_bundle(out)
     precision = precision_of(existing, request.precision)
-    draft = TaskDraft(request.task, adapter, heads, _labels(request.labels, heads, adapter), request.store)
+    draft = TaskDraft(request.task, recipe, heads, _labels(request.labels, heads, adapter), request.store)
     with ThreadPoolExecutor(1) as pool:  # hashing gigabytes goes on beside whatever follows
-        hashing = pool.submit(fingerprint, request.base)
-        if existing is not None or adapter.base_sha256 is not None:
-            check_base(adapter, hashing.result())
+        hashing = pool.submit(opened.fingerprint)
+        if existing is not None or _records_base(recipe):
+            _check_bases(recipe, hashing.result())
             check_same_base(existing, hashing.result())
         known = _known_graphs(existing, heads) if existing else None
-        if existing is None or known is None or not _have_values(known, adapter):
-            return export_traced(checkpoint(request.base, hashing.result), draft, precision, existing, out, progress)
+        if existing is None or known is None or not _have_values(known, recipe):
+            write_dense(opened, folder)
+            source = checkpoint(folder, hashing.result, str(request.base))
+            return export_traced(source, draft, precision, existing, out, progress)
     with staging(out) as stage:
         return write_task(out, stage, draft, known, existing.manifest.base, progress)
 
@@ -85,7 +113,7 @@ def export_traced(
     held = held_weights(existing) if existing else ()
     with staging(out) as stage:
         for role, head in draft.heads.items():
-            graphs[role] = traced_graph(source, role, head, precision, draft.adapter, held, stage, progress)
+            graphs[role] = traced_graph(source, role, head, precision, draft.recipe, held, stage, progress)
             held = graphs[role].weights
         base = _staged_base(stage, source, precision, existing, draft.heads, graphs)
         return write_task(out, stage, draft, graphs, base, progress)
@@ -93,7 +121,7 @@ def export_traced(
 
 def add_task(
     bundle: Path,
-    adapter: Path,
+    adapter: Path | Adapters,
     task: str,
     labels: tuple[str, ...] = (),
     store: Store = "dense",
@@ -110,27 +138,47 @@ def add_task(
     progress("reading the adapter")
     existing = open_bundle(bundle)
     base = existing.manifest.base
-    read = read_peft(adapter)
-    check_base(read, base.sha256)
+    recipe = recipe_of(adapter)
+    read = recipe.adapter
+    _check_bases(recipe, base.sha256)
     heads = _module_heads(existing) or heads_of(read, existing.path / "base", apart=not base.tied)
     weights = tuple(existing.described(file) for file in base.weights)
-    graphs = {role: known_graph(existing, role, head, weights) for role, head in heads.items()}
+    structure = read_structure(existing)
+    graphs = {role: known_graph(existing, role, head, weights, structure) for role, head in heads.items()}
     known = {role: graph for role, graph in graphs.items() if graph is not None}
     if absent := [head for role, head in heads.items() if role not in known]:
         raise BundleError(
             f"{bundle}: no task has a {absent[0].task_type} head of {absent[0].outputs} outputs yet; add the first with"
             " 'lorafuse export', from the base"
         )
-    draft = TaskDraft(task, read, heads, _labels(labels, heads, read), store)
+    draft = TaskDraft(task, recipe, heads, _labels(labels, heads, read), store)
     with ThreadPoolExecutor(1) as pool, staging(bundle) as stage:
         # While the tensors are merged; waited for before anything is changed.
         checks = [pool.submit(existing.checked, file) for file in base.weights]
         return write_task(bundle, stage, draft, known, base, progress, lambda: [check.result() for check in checks])
 
 
-def adapter_of(folder: Path | None, base: Path) -> Adapter:
-    """The adapter in ``folder``; without one, an adapter that changes nothing, which messages call by its ``base``."""
-    return read_peft(folder) if folder is not None else Adapter(base, "none", (), "", ())
+def recipe_of(given: Path | Adapters | None) -> Recipe:
+    """The adapters, read; none of the unadapted base. Raises AdapterError when one can't be read."""
+    if given is None:
+        return Recipe(())
+    adapters = Adapters(((given, 1.0),)) if isinstance(given, Path) else given
+    read = [Weighted(read_adapter(path, adapters.options), weight) for path, weight in adapters.paths]
+    return Recipe(ordered(read), adapters.options, adapters.blending)
+
+
+def unadapted(base: Path) -> Adapter:
+    """An adapter that changes nothing, which messages call by its ``base``."""
+    return Adapter(base, "none", (), "", ())
+
+
+def _records_base(recipe: Recipe) -> bool:
+    return any(weighted.adapter.base_sha256 is not None for weighted in recipe.adapters)
+
+
+def _check_bases(recipe: Recipe, base_sha256: str) -> None:
+    for weighted in recipe.adapters:
+        check_base(weighted.adapter, base_sha256)
 
 
 def precision_of(existing: Bundle | None, asked: Precision | None) -> Precision:
@@ -153,19 +201,28 @@ def _known_graphs(existing: Bundle, heads: Mapping[str, Head]) -> Graphs | None:
     held = held_weights(existing)
     if len(held) != len(existing.manifest.base.weights):
         return None
-    graphs = {role: known_graph(existing, role, head, held) for role, head in heads.items()}
+    try:
+        structure = read_structure(existing)
+    except (BundleError, CheckpointError):
+        return None
+    graphs = {role: known_graph(existing, role, head, held, structure) for role, head in heads.items()}
     known = {role: graph for role, graph in graphs.items() if graph is not None}
     return known if len(known) == len(heads) else None
 
 
-def _have_values(graphs: Graphs, adapter: Adapter) -> bool:
+def _have_values(graphs: Graphs, recipe: Recipe) -> bool:
     """Whether every weight has a value.
 
     A head of the base's own is not in the bundle while all tasks have brought theirs.
     """
     stored = stored_values(graphs)
-    names = {name for graph in graphs.values() for name in graph.graph.weights}
-    return names <= stored.keys() | changes_by_parameter(stored, adapter).keys()
+    weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
+    absent = weights.keys() - stored.keys()
+    if not absent:
+        return True
+    structure = of_graphs(known_structure(graphs), weights, weights)
+    changes = recipe.targets(stored, structure)
+    return all(name in changes and brought_whole(changes[name]) for name in absent)
 
 
 def _module_heads(bundle: Bundle) -> dict[str, Head] | None:

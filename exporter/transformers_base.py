@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle.records import MODEL, Head, Precision
+from exporter.bundle.structure import of_parameters
 from exporter.bundle.task_types import task_type
 from exporter.heads import is_of_head
+from lora.bases.checkpoint import Checkpoint
+from lora.bases.structure import BaseStructure
 from lora.errors import ExportError
 from lora.files.tensorfile import Array
 from lora.modules.positions import unused_positions
@@ -85,23 +88,44 @@ def base_weights(folder: Path, head: Head, replaced: Iterable[str], role: str = 
     return {name: tensor.numpy() for name, tensor in model.state_dict().items() if name not in absent | other_heads}
 
 
+def loaded(folder: Path, head: Head, role: str = MODEL) -> tuple[Any, frozenset[str]]:
+    """The model with ``head`` as transformers loads it, in the stored dtype; and which parameters it made up."""
+    transformers = _transformers()
+    with _refusing(f"{folder}: transformers {transformers.__version__} can't load this base"):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model, loading = _model_class(head, config, role).from_pretrained(
+            folder,
+            dtype="auto",
+            attn_implementation=ATTENTION,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            **_config_changes(head),
+        )
+    absent = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+    return model.eval(), frozenset(absent)
+
+
 def tied_groups(folder: Path, head: Head) -> tuple[tuple[str, ...], ...]:
     """Groups of parameters' names that are one tensor in the model with ``head``, by transformers' own tying.
 
     A model without weights is made for it. Raises ExportError where transformers can't.
     """
-    import torch
-
-    transformers = _transformers()
-    what = f"{folder}: transformers {transformers.__version__} can't make a {head.task_type} model of this base"
-    with _refusing(what), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(folder, **_config_changes(head))
-        model = _model_class(head, config, MODEL).from_config(config)
-        model.tie_weights()
+    model = _without_weights(folder, head, MODEL)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def base_structure(folder: Path, head: Head, role: str = MODEL) -> BaseStructure:
+    """What each parameter of the model with ``head`` is, by transformers' own modules, names and conversions.
+
+    Raises ExportError where transformers can't make it.
+    """
+    from lora.modules.base_structure import structure_of_model
+
+    return of_parameters(structure_of_model(_without_weights(folder, head, role), Checkpoint(folder)))
 
 
 def input_limits(folder: Path, config: Any) -> tuple[int, int]:
@@ -150,6 +174,18 @@ def _unused_positions(folder: Path, config: Any) -> int:
     ):
         model = transformers.AutoModel.from_config(config)
     return unused_positions(model)
+
+
+def _without_weights(folder: Path, head: Head, role: str) -> Any:
+    import torch
+
+    transformers = _transformers()
+    what = f"{folder}: transformers {transformers.__version__} can't make a {head.task_type} model of this base"
+    with _refusing(what), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(folder, **_config_changes(head))
+        model = _model_class(head, config, role).from_config(config)
+        model.tie_weights()
+    return model
 
 
 def _config_changes(head: Head) -> dict[str, Any]:

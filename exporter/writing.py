@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -11,21 +12,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgspec
 import numpy as np
 
 from exporter.base_graph import BaseGraph
 from exporter.bundle.edits import with_task
-from exporter.bundle.layout import ModelWeights, key, to_graph
+from exporter.bundle.layout import ModelWeights, WeightMap, key, to_graph
 from exporter.bundle.manifest import Bundle
-from exporter.bundle.records import MODEL, Base, File, Head, Part, Store, Task, Weight
+from exporter.bundle.recipe import RECIPE, Recipe
+from exporter.bundle.records import MODEL, Base, File, Head, Manifest, Part, Store, Task, Weight
 from exporter.bundle.staging import commit, describe, named_by_content
+from exporter.bundle.structure import joined, of_graphs, staged_structure, unread
 from exporter.bundle.task_part import brought_whole
 from exporter.graph.digest import graph_digest
 from exporter.graph.external_data import pointed
-from lora.adapter import Adapter
+from lora.bases.opening import DENSE
+from lora.bases.structure import BaseStructure
 from lora.errors import ExportError
 from lora.files.tensorfile import TensorFile, TensorWriter, numpy_dtype
-from lora.merging.fit import changes_by_parameter
 from lora.merging.merge import Merged, Targets, merge
 from lora.progress import Progress
 
@@ -34,7 +38,11 @@ TOOLS = ("lorafuse", "onnx")
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export added to the bundle, in bytes, and which tensors the task changes."""
+    """What an export added to the bundle, in bytes, and which tensors the task changes, by which ``formula``.
+
+    ``skipped`` are the components of the adapters' files that are for other models and were not merged; ``unread`` are
+    changed parameters that no graph reads, because its outputs do not depend on them.
+    """
 
     bundle: Bundle
     task: str
@@ -44,14 +52,17 @@ class Exported:
     changed_bytes: int
     adapter_bytes: int
     changed: tuple[str, ...]
+    formula: str = DENSE
+    skipped: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TaskDraft:
-    """A task to be written: what the heads of its parts, its adapter, labels and way of storage were found to be."""
+    """A task to be written: what the heads of its parts, its adapters, labels and way of storage were found to be."""
 
     task: str
-    adapter: Adapter
+    recipe: Recipe
     heads: Mapping[str, Head]
     labels: tuple[str, ...]
     store: Store
@@ -71,19 +82,26 @@ def write_task(
 ) -> Exported:
     """Merge, stage the task's files, and commit them once ``before`` has returned."""
     progress("merging")
-    weights, changed = _write_changed(stage, draft, graphs)
+    weights, changed, without = _write_changed(stage, draft, graphs)
     parts = {role: _staged_part(stage, draft, role, graph, weights.get(role)) for role, graph in graphs.items()}
     task = Task(
         parts=parts,
         store=draft.store,
-        adapter=_copy_adapter(stage, draft.task, draft.adapter),
-        adapter_sha256=draft.adapter.sha256,
+        adapter=_copy_adapters(stage, draft.task, draft.recipe),
+        adapter_sha256=draft.recipe.sha256,
         labels=draft.labels,
     )
     before()
     progress("writing the bundle")
     recorded = {parts[role].graph: graph.graph for role, graph in graphs.items()}
-    bundle = commit(out, stage, lambda current: with_task(current, draft.task, task, base, recorded, _versions()))
+
+    def with_it(current: Manifest | None) -> Manifest:
+        held = None if current is None else Bundle(out, current)
+        structure = staged_structure(stage, held, known_structure(graphs))
+        known = msgspec.structs.replace(base, structure=structure)
+        return with_task(current, draft.task, task, known, recorded, _versions())
+
+    bundle = commit(out, stage, with_it)
     return Exported(
         bundle=bundle,
         task=draft.task,
@@ -93,6 +111,8 @@ def write_task(
         changed_bytes=sum(file.size for file in weights.values()),
         adapter_bytes=sum(file.size for file in task.adapter),
         changed=tuple(sorted(changed)),
+        skipped=draft.recipe.skipped,
+        unread=tuple(sorted(without)),
     )
 
 
@@ -104,33 +124,42 @@ def stored_values(graphs: Graphs) -> ModelWeights:
     )
 
 
-def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[str, File], list[str]]:
+def known_structure(graphs: Graphs) -> BaseStructure | None:
+    """What is known of the base's parameters, those of all parts."""
+    return functools.reduce(joined, (graph.structure for graph in graphs.values()), None)
+
+
+def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[str, File], list[str], frozenset[str]]:
     """Merge one tensor after the other and stage those for each part's file.
 
-    Returns the files by the parts' roles, and the names of all tensors that change.
+    Returns the files by the parts' roles, the names of all tensors that change, and of those that no graph reads.
     """
     stored = stored_values(graphs)
-    targets = changes_by_parameter(stored, draft.adapter)
-    dtypes = _dtypes(draft.adapter, targets, graphs)
+    weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
+    structure = of_graphs(known_structure(graphs), weights, stored)
+    targets, source = draft.recipe.targets(stored, structure), draft.recipe.name
+    without = unread(structure, targets, weights)
+    targets = {name: changes for name, changes in targets.items() if name not in without}
+    dtypes = _dtypes(source, targets, weights)
     # The widest first keeps every tensor aligned.
     ordered = dict(sorted(targets.items(), key=lambda target: (-dtypes[target[0]].itemsize, target[0])))
     changed = []
     with ExitStack() as stack:
         writers = {role: stack.enter_context(_PartWriter(stage, draft, role, graphs[role], targets)) for role in graphs}
-        for merged in merge(stored, ordered, draft.adapter.path, dtypes):
+        for merged in merge(stored, ordered, source, dtypes):
             changed.append(merged.parameter)
             for writer in writers.values():
                 writer.add(merged)
     files = {role: writer.file() for role, writer in writers.items()}
-    return {role: file for role, file in files.items() if file is not None}, changed
+    return {role: file for role, file in files.items() if file is not None}, changed, without
 
 
-def _dtypes(adapter: Adapter, targets: Targets, graphs: Graphs) -> dict[str, np.dtype[np.generic]]:
+def _dtypes(source: str, targets: Targets, weights: WeightMap) -> dict[str, np.dtype[np.generic]]:
     """{target: the dtype that the graphs read it in}. Raises ExportError for one that no graph has."""
-    weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
     for name in sorted(targets.keys() - weights.keys()):
         raise ExportError(
-            f"{adapter.path}: tensor '{name}' has no place in the graph; the adapter was trained on another model"
+            f"{source}: tensor '{name}' has no place in the graph: the model that is exported does not use it by"
+            " itself; train an adapter without it, or give the adapter's own --task-type"
         )
     return {name: numpy_dtype(weights[name].dtype) for name in targets}
 
@@ -193,15 +222,18 @@ def _staged_part(stage: Path, draft: TaskDraft, role: str, graph: BaseGraph, wei
     return Part(graph=graph_digest(graph.proto), model=model, weights=weights)
 
 
-def _copy_adapter(stage: Path, task: str, adapter: Adapter) -> tuple[File, ...]:
-    """Keep the adapter beside what was made of it: a bundle can be verified against its formula without other files."""
-    if not adapter.files:
-        return ()
-    folder = f"adapters/{task}-{adapter.sha256[:8]}"
-    (stage / folder).mkdir(parents=True)
-    for file in adapter.files:
-        shutil.copyfile(file, stage / folder / file.name)
-    return tuple(describe(stage, f"{folder}/{file.name}") for file in adapter.files)
+def _copy_adapters(stage: Path, task: str, recipe: Recipe) -> tuple[File, ...]:
+    """Keep the adapters beside what was made of them: a bundle is verified against its formula without other files."""
+    folder = f"adapters/{task}-{recipe.sha256[:8]}"
+    places = []
+    for place, file in recipe.places():
+        (stage / folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, stage / folder / place)
+        places.append(place)
+    if not recipe.plain:
+        (stage / folder / RECIPE).write_bytes(recipe.written())
+        places.append(RECIPE)
+    return tuple(describe(stage, f"{folder}/{place}") for place in places)
 
 
 def _versions() -> dict[str, str]:

@@ -16,12 +16,17 @@ Runner = Callable[[Mapping[str, Array]], Array]
 
 
 def runners(part: TaskPart, threads: int = 1) -> dict[str, Runner]:
-    """A runner per stage, each opening its session at the first call: an engine this machine can't run raises there."""
+    """A runner per stage, each opening its session at the first call: an engine this machine can't run raises there.
+
+    One session is open at a time, so that a large model is in memory once.
+    """
     output = part.graph.outputs[0].name
     names = sorted({"onnxruntime", *(engine.backend for engine in part.part.engines)})
     engines = {f"engine {name}": functools.partial(_engine, part, cast("BackendName", name), threads) for name in names}
     plain = functools.partial(_unoptimized, part, threads)
-    return {name: _lazily(open_session, output) for name, open_session in {"ONNX graph": plain, **engines}.items()}
+    opened: dict[str, Session] = {}
+    stages = {"ONNX graph": plain, **engines}
+    return {name: _lazily(opened, name, open_session, output) for name, open_session in stages.items()}
 
 
 def _engine(part: TaskPart, name: BackendName, threads: int) -> Session:
@@ -33,6 +38,11 @@ def _unoptimized(part: TaskPart, threads: int) -> Session:
     return OnnxRuntime(threads, optimize=False).load(task_model(part), None)
 
 
-def _lazily(open_session: Callable[[], Session], output: str) -> Runner:
-    session = functools.cache(open_session)
-    return lambda inputs: session().run(inputs)[output]
+def _lazily(opened: dict[str, Session], name: str, open_session: Callable[[], Session], output: str) -> Runner:
+    def run(inputs: Mapping[str, Array]) -> Array:
+        if name not in opened:
+            opened.clear()
+            opened[name] = open_session()
+        return opened[name].run(inputs)[output]
+
+    return run

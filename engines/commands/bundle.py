@@ -8,8 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engines.commands.export import Labels, Store, StoreChoice, labels_in, print_exported
-from engines.commands.options import AsJson, BundlePath, Digest, TaskName
+from engines.commands.export import Labels, Store, StoreChoice, given_adapters, labels_in, print_exported
+from engines.commands.options import (
+    AdaptersOption,
+    Alpha,
+    AsJson,
+    BundlePath,
+    Component,
+    Density,
+    Digest,
+    EnableLora,
+    RuleChoice,
+    RuleOption,
+    Seed,
+    TaskName,
+    weighted,
+)
 from engines.commands.terminal import DONE, NO, print_json, print_note, print_table, progress
 from lora.wording import megabytes
 
@@ -22,8 +36,18 @@ app = typer.Typer(no_args_is_help=True, help="Look into a bundle, check, pack an
 @app.command()
 def add(
     bundle: BundlePath,
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter, in PEFT's format.")],
+    adapter: Annotated[
+        Path | None, typer.Argument(help="The adapter: a PEFT folder, or a loralib, kohya or diffusers file.")
+    ] = None,
+    *,
     task: TaskName,
+    adapters: AdaptersOption = None,
+    rule: RuleOption = RuleChoice.linear,
+    density: Density = 0.5,
+    seed: Seed = 0,
+    alpha: Alpha = None,
+    component: Component = None,
+    enable_lora: EnableLora = None,
     labels: Labels = "",
     store: Store = StoreChoice.dense,
     digest: Digest = None,
@@ -37,8 +61,9 @@ def add(
     from exporter.task import add_task
 
     check_pinned(bundle, digest)
+    given = given_adapters(weighted(adapter, adapters), alpha, component, enable_lora, rule, density, seed)
     with progress(f"add {task}") as step:
-        exported = add_task(bundle, adapter, task, labels_in(labels), store.value, step)
+        exported = add_task(bundle, given, task, labels_in(labels), store.value, step)
     print_exported(exported, bundle, as_json)
 
 

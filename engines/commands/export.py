@@ -8,11 +8,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engines.commands.options import AsJson, Digest, FloatDtype, TaskName
+from engines.commands.options import (
+    AdaptersOption,
+    Alpha,
+    AsJson,
+    Component,
+    Density,
+    Dequantize,
+    Digest,
+    EnableLora,
+    FloatDtype,
+    RuleChoice,
+    RuleOption,
+    Seed,
+    TaskName,
+    read_options,
+    weighted,
+)
 from engines.commands.terminal import print_json, print_table, progress
 from lora.wording import megabytes
 
 if TYPE_CHECKING:
+    from exporter.task import Adapters
     from exporter.writing import Exported
 
 
@@ -34,13 +51,26 @@ Store = Annotated[
 
 def export(
     base: Annotated[
-        Path, typer.Argument(help="Folder of the base model: config.json, model.safetensors, tokenizer.json.")
+        Path,
+        typer.Argument(
+            help="The base model's folder (config.json, model.safetensors, tokenizer.json), or a GGUF file."
+        ),
     ],
     adapter: Annotated[
         Path | None,
-        typer.Argument(help="Folder of the adapter, in PEFT's format. Without one, the task is the base as it is."),
+        typer.Argument(
+            help="The adapter: a PEFT folder, or a loralib, kohya or diffusers file. Without one, the base as it is."
+        ),
     ] = None,
     *,
+    adapters: AdaptersOption = None,
+    rule: RuleOption = RuleChoice.linear,
+    density: Density = 0.5,
+    seed: Seed = 0,
+    alpha: Alpha = None,
+    component: Component = None,
+    enable_lora: EnableLora = None,
+    dequantize: Dequantize = False,
     task: TaskName,
     out: Annotated[Path, typer.Option(help="The bundle; created if there is none, else the task is added to it.")],
     labels: Labels = "",
@@ -65,12 +95,39 @@ def export(
     from exporter.task import Request, export_task
 
     check_pinned(out, digest)
+    given = None
+    if adapter is not None or adapters:
+        given = given_adapters(weighted(adapter, adapters), alpha, component, enable_lora, rule, density, seed)
     request = Request(
-        base, adapter, task, labels_in(labels), task_type, precision.value if precision else None, store.value
+        base,
+        given,
+        task,
+        labels_in(labels),
+        task_type,
+        precision.value if precision else None,
+        store.value,
+        dequantize,
     )
     with progress(f"export {task}") as step:
         exported = export_task(request, out, step)
     print_exported(exported, out, as_json)
+
+
+def given_adapters(
+    paths: tuple[tuple[Path, float], ...],
+    alpha: float | None,
+    component: str | None,
+    enable_lora: str | None,
+    rule: RuleChoice = RuleChoice.linear,
+    density: float = 0.5,
+    seed: int = 0,
+) -> Adapters:
+    """The adapters, how to read them, and how to combine them."""
+    from exporter.task import Adapters
+    from lora.merging.several import Blending
+
+    options = read_options(alpha, component, enable_lora)
+    return Adapters(paths, options, Blending(rule.of_several, density, seed))
 
 
 def labels_in(labels: str) -> tuple[str, ...]:
@@ -93,6 +150,9 @@ def print_exported(exported: Exported, out: Path, as_json: bool) -> None:
                 "bundle": str(out),
                 "traced": exported.traced,
                 "changed": exported.changed,
+                "formula": exported.formula,
+                "skipped": exported.skipped,
+                "unread": exported.unread,
                 "bytes_added": added,
             }
         )
@@ -104,3 +164,8 @@ def print_exported(exported: Exported, out: Path, as_json: bool) -> None:
         ("added to the bundle", "size"),
         rows,
     )
+    print(f"formula: {exported.formula}")
+    if exported.skipped:
+        print(f"not merged, because they are for other models: {', '.join(exported.skipped)}")
+    if exported.unread:
+        print(f"left out, because no output depends on them: {', '.join(exported.unread)}")

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engines.commands.options import AsJson, FloatDtype
+from engines.commands.options import (
+    AdaptersOption,
+    Alpha,
+    AsJson,
+    Component,
+    Density,
+    Dequantize,
+    EnableLora,
+    FloatDtype,
+    RuleChoice,
+    RuleOption,
+    Seed,
+    read_options,
+    weighted,
+)
 from engines.commands.terminal import DONE, NO, print_json, print_table, progress
-from lora.errors import LorafuseError
 from lora.wording import megabytes
 
 if TYPE_CHECKING:
@@ -20,27 +32,7 @@ if TYPE_CHECKING:
     from lora.bases.structure import BaseStructure
     from lora.files.tensorfile import Array
     from lora.formats.model_class import ModelClass
-    from lora.formats.read import ReadOptions
     from lora.merging.checkpoint import Written
-
-
-class RuleChoice(StrEnum):
-    """How several adapters' updates of one weight become one."""
-
-    linear = "linear"
-    ties = "ties"
-    dare_linear = "dare-linear"
-    dare_ties = "dare-ties"
-
-
-Alpha = Annotated[float | None, typer.Option(help="loralib: the alpha it was trained with; its file does not say.")]
-Component = Annotated[str | None, typer.Option(help="kohya, diffusers: the part of the pipeline, such as unet.")]
-EnableLora = Annotated[
-    str | None, typer.Option(help="loralib's MergedLinear: which of the fused parts have updates, such as 1,0,1.")
-]
-Dequantize = Annotated[
-    bool, typer.Option(help="Let a quantized base be dequantized: dequant(W) + ΔW instead of W + ΔW.")
-]
 
 
 def merge(
@@ -49,12 +41,10 @@ def merge(
     adapter: Annotated[
         Path | None, typer.Argument(help="The adapter: a PEFT folder, or a loralib, kohya or diffusers file.")
     ] = None,
-    adapters: Annotated[
-        list[str] | None, typer.Option("--adapter", help="ADAPTER=WEIGHT; repeatable, to combine several.")
-    ] = None,
-    rule: Annotated[RuleChoice, typer.Option(help="How several adapters are combined.")] = RuleChoice.linear,
-    density: Annotated[float, typer.Option(help="TIES, DARE: the share of each update that is kept.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="DARE: the seed of what is dropped.")] = 0,
+    adapters: AdaptersOption = None,
+    rule: RuleOption = RuleChoice.linear,
+    density: Density = 0.5,
+    seed: Seed = 0,
     only_changed: Annotated[bool, typer.Option(help="Write the changed tensors only, not a whole checkpoint.")] = False,
     dtype: Annotated[FloatDtype | None, typer.Option(help="Store in this dtype. Default: the base's.")] = None,
     keep_wide: Annotated[
@@ -76,9 +66,9 @@ def merge(
     from lora.merging.to_folder import Sources, merge_folder
 
     storing = Storing(only_changed, numpy_dtype(dtype.value) if dtype else None, keep_wide)
-    sources = Sources(base, _weighted(adapter, adapters), _options(alpha, component, enable_lora), dequantize)
+    sources = Sources(base, weighted(adapter, adapters), read_options(alpha, component, enable_lora), dequantize)
     with progress("merge") as step:
-        blending = Blending(rule.value.replace("-", "_"), density, seed)  # type: ignore[arg-type]
+        blending = Blending(rule.of_several, density, seed)
         written = merge_folder(sources, out, storing, blending, step, _ask_transformers)
     if as_json:
         print_json({**asdict(written), "folder": str(written.folder)})
@@ -105,7 +95,7 @@ def inspect(
     """
     from lora.merging.inspection import inspect_adapter
 
-    found = inspect_adapter(adapter, base, _options(alpha, component, enable_lora), dequantize, _ask_transformers)
+    found = inspect_adapter(adapter, base, read_options(alpha, component, enable_lora), dequantize, _ask_transformers)
     if as_json:
         print_json(asdict(found))
     else:
@@ -135,31 +125,6 @@ def _ask_transformers(folder: Path, tensors: Mapping[str, Array], wanted: ModelC
     except ImportError:
         return None
     return ask_transformers(folder, tensors, wanted)
-
-
-def _weighted(adapter: Path | None, weighted: list[str] | None) -> tuple[tuple[Path, float], ...]:
-    if (adapter is None) == (not weighted):
-        raise LorafuseError("give one adapter as an argument, or several as --adapter ADAPTER=WEIGHT")
-    if adapter is not None:
-        return ((adapter, 1.0),)
-    return tuple(_path_and_weight(text) for text in weighted or ())
-
-
-def _path_and_weight(text: str) -> tuple[Path, float]:
-    path, equals, weight = text.rpartition("=")
-    try:
-        return (Path(path), float(weight)) if equals else (Path(text), 1.0)
-    except ValueError as error:
-        raise LorafuseError(
-            f"--adapter {text}: '{weight}' is not a number; expected ADAPTER=WEIGHT, such as adapters/movies=0.7"
-        ) from error
-
-
-def _options(alpha: float | None, component: str | None, enable_lora: str | None) -> ReadOptions:
-    from lora.formats.read import ReadOptions
-
-    parts = tuple(part.strip() in ("1", "true", "True") for part in enable_lora.split(",")) if enable_lora else None
-    return ReadOptions(alpha=alpha, component=component, enable_lora=parts)
 
 
 def _print_written(written: Written) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 def verify(
     bundle: BundlePath,
     task: TaskName,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "The base's checkpoint: the reference is then transformers' own model of it, which shares nothing with"
+                " the bundle. Default: the bundle's own reading."
+            )
+        ),
+    ] = None,
     texts: Annotated[
         Path | None,
         typer.Option(help="File of real inputs, a text a line. Default: sentences that come with the package."),
@@ -51,17 +61,18 @@ def verify(
     if engine is not None:
         passed = [_compare_engines(part, engine, as_json) for part in parts]
     else:
-        passed = [_verified(part, texts, as_json) for part in parts]
+        passed = [_verified(part, base, texts, as_json) for part in parts]
     raise typer.Exit(DONE if all(passed) else NO)
 
 
-def _verified(part: TaskPart, texts: Path | None, as_json: bool) -> bool:
+def _verified(part: TaskPart, base: Path | None, texts: Path | None, as_json: bool) -> bool:
     from engines.building.verify_runners import runners
+    from exporter.proof.from_checkpoint import of_checkpoint
     from exporter.proof.verify import verify as verify_part
 
     batches = _verification_inputs(part, texts)
-    with progress(f"verify {part.name}"):
-        result = verify_part(part, batches, runners(part))
+    with progress(f"verify {part.name}"), nullcontext() if base is None else of_checkpoint(part, base) as reference:
+        result = verify_part(part, batches, runners(part), reference)
     if as_json:
         print_json({**asdict(result), "passed": result.passed})
     else:
@@ -73,6 +84,7 @@ def _print_verification(result: Verification) -> None:
     columns = ("stage", "worst difference", "bound", "worst element", "result")
     title = f"{result.task}: {result.inputs} inputs against the formula in float64"
     print_table(title, columns, [_stage_row(stage) for stage in result.stages])
+    print(f"reference: {result.reference}")
     same = "equal" if result.digest == result.unadapted_digest else "NOT EQUAL"
     print(f"graph digest {result.digest[:16]}…, merged and unadapted: {same}")
     moved = f"the task moves the base's outputs by {result.moved:.3g}"

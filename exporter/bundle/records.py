@@ -3,10 +3,11 @@
     manifest.json                      what is here, with a SHA-256 for every file
     base-<hash>.safetensors            the base's weights, once, in the graphs' layout
     base/config.json, tokenizer.json   what rebuilds the torch model and turns text into tokens
+    base/structure-<hash>.json         what each parameter is; older bundles, and modules', have none
     <task>-<hash>.onnx                 a task's graph; weights are external data in the two safetensors files
     <task>-<hash>.safetensors          the tensors that the task changes
     base-<hash>.onnx                   an unadapted graph, shared by tasks that leave it alone or are merged at load
-    adapters/<task>-<hash>/            the adapter that the task was merged from
+    adapters/<task>-<hash>/            the adapters that the task was merged from, and their recipe
     engines/                           built engines and the timing caches of their builds
 
 A model of several parts (two towers, an encoder and a decoder) has a graph and a weights file for each:

@@ -134,7 +134,8 @@ def _remove_unnamed(bundle: Path, former: Manifest, manifest: Manifest) -> None:
             OSError
         ):  # the change is done by now; a file that can't be removed, or a folder with others in it, stays
             (bundle / path).unlink(missing_ok=True)
-            (bundle / path).parent.rmdir()
+            for folder in (bundle / path).relative_to(bundle).parents[:-1]:
+                (bundle / folder).rmdir()
 
 
 def _write_flushed(path: Path, content: bytes) -> None:

@@ -15,13 +15,13 @@ from exporter.bundle.graph_file import GraphFile, read_graph
 from exporter.bundle.layout import ModelWeights, WeightMap
 from exporter.bundle.linked import check_claimed, check_homes, check_mapped, linked
 from exporter.bundle.manifest import Bundle
+from exporter.bundle.recipe import Recipe, read_recipe
 from exporter.bundle.records import MODEL, Graph, Part, Task
-from lora.adapter import Adapter, Change, Replacement
+from exporter.bundle.structure import of_graphs, read_structure, unread
+from lora.adapter import Change, Replacement
 from lora.errors import BundleError
 from lora.files.mapped import Content
 from lora.files.tensorfile import Array, TensorFile
-from lora.formats.peft import read_peft_files
-from lora.merging.fit import changes_by_parameter
 from lora.wording import printable
 
 
@@ -90,14 +90,16 @@ class TaskPart:
     @cached_property
     def changes(self) -> dict[str, list[Change]]:
         """{parameter: its changes} of the adapter that the task was made of; none where it is the unadapted base."""
-        adapter = self._adapter
-        if adapter is None:
+        recipe = self.recipe
+        if not recipe.adapters:
             return {}
         base = self.base if len(self.task.parts) == 1 else ModelWeights(self._base_files, self._weights_of_all_parts)
-        changes, known = changes_by_parameter(base, adapter), self._weights_of_all_parts
-        for name in changes.keys() - known.keys():
+        known = self._weights_of_all_parts
+        structure = of_graphs(read_structure(self.bundle), known, base)
+        changes = recipe.targets(base, structure)
+        for name in changes.keys() - known.keys() - unread(structure, changes, known):
             raise BundleError(
-                f"{adapter.path}: changes '{printable(name)}', which has no place in the graph; export the task again"
+                f"{recipe.name}: changes '{printable(name)}', which has no place in the graph; export the task again"
             )
         return {name: made for name, made in changes.items() if name in self.graph.weights}
 
@@ -132,11 +134,9 @@ class TaskPart:
         return file
 
     @cached_property
-    def _adapter(self) -> Adapter | None:
-        if not self.task.adapter:
-            return None
-        files = [self.bundle.mapped(file) for file in self.task.adapter]
-        return read_peft_files(files[0].path.parent, files)
+    def recipe(self) -> Recipe:
+        """What the task was made of: its adapters, as the bundle keeps them."""
+        return read_recipe([self.bundle.mapped(file) for file in self.task.adapter])
 
     @property
     def _weights_of_all_parts(self) -> WeightMap:

@@ -63,7 +63,12 @@ TASK_TYPES: Mapping[str, TaskType] = {
             models_language=True,
             decodes=True,
         ),
-        TaskType("SEQ_2_SEQ_LM", ("ForConditionalGeneration",), "AutoModelForSeq2SeqLM", models_language=True),
+        TaskType(
+            "SEQ_2_SEQ_LM",
+            ("ForConditionalGeneration", "EncoderDecoderModel"),
+            "AutoModelForSeq2SeqLM",
+            models_language=True,
+        ),
         TaskType(
             "IMAGE_CLS",
             ("ForImageClassification",),

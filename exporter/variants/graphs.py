@@ -36,13 +36,14 @@ def unmerged_graph(part: TaskPart) -> onnx.ModelProto:
     """
     graph = unadapted_graph(part)
     for parameter, changes in part.changes.items():
-        for change in changes:
+        for index, change in enumerate(changes):
             if not isinstance(change, Replacement):  # replaced tensors are the task's in this graph already
-                _add_branch(graph.graph, parameter, change)
+                _add_branch(graph.graph, parameter, change, index)
     return graph
 
 
-def _add_branch(graph: onnx.GraphProto, parameter: str, update: Change) -> None:
+def _add_branch(graph: onnx.GraphProto, parameter: str, update: Change, number: int) -> None:
+    """The branch of one update; of several adapters, a weight has several, which are numbered."""
     if not isinstance(update, LowRank) or update.magnitude is not None or update.layout not in ("linear", "transposed"):
         raise ExportError(
             f"'{parameter}' is changed by more than a low-rank product of a matrix; there is no unmerged arm for"
@@ -62,27 +63,27 @@ def _add_branch(graph: onnx.GraphProto, parameter: str, update: Change) -> None:
                 f"'{parameter}' is read by a {node.op_type} in a way that has no unmerged arm; expected x · W by"
                 f" {' or '.join(READERS)}"
             )
-        for position, branch in enumerate(_branch(node, update)):
+        for position, branch in enumerate(_branch(node, update, number)):
             graph.node.insert(index + 1 + position, branch)
     dtype = next(tensor.data_type for tensor in graph.initializer if tensor.name == parameter)
     down, up = update.a.T.astype(np.float32), (update.b.astype(np.float32) * np.float32(update.scaling)).T
-    for name, values in ((_name(update, "A"), down), (_name(update, "B"), up)):
+    for name, values in ((_name(update, "A", number), down), (_name(update, "B", number), up)):
         graph.initializer.append(
             numpy_helper.from_array(np.ascontiguousarray(values.astype(helper.tensor_dtype_to_np_dtype(dtype))), name)
         )
 
 
-def _branch(node: onnx.NodeProto, update: LowRank) -> list[onnx.NodeProto]:
+def _branch(node: onnx.NodeProto, update: LowRank, number: int) -> list[onnx.NodeProto]:
     """MatMul(x, Aᵀ), MatMul(·, scaling · Bᵀ), and the sum with the dense product under the output's name."""
     output = node.output[0]
-    dense, reduced, delta = (f"{output}.{part}" for part in ("dense", "lora_A", "lora_B"))
+    dense, reduced, delta = (f"{output}.{part}{number or ''}" for part in ("dense", "lora_A", "lora_B"))
     node.output[0] = dense
     return [
-        helper.make_node("MatMul", [node.input[0], _name(update, "A")], [reduced]),
-        helper.make_node("MatMul", [reduced, _name(update, "B")], [delta]),
+        helper.make_node("MatMul", [node.input[0], _name(update, "A", number)], [reduced]),
+        helper.make_node("MatMul", [reduced, _name(update, "B", number)], [delta]),
         helper.make_node("Add", [dense, delta], [output]),
     ]
 
 
-def _name(update: LowRank, factor: str) -> str:
-    return f"{update.module}.lora_{factor}.weight"
+def _name(update: LowRank, factor: str, number: int) -> str:
+    return f"{update.module}.lora_{factor}{number or ''}.weight"

@@ -107,8 +107,8 @@ class BaseStructure:
 
     def to_json(self) -> bytes:
         """As JSON: the same structure gives the same bytes."""
-        ordered = replace(self, parameters=dict(sorted(self.parameters.items())), aliases={})
-        return msgspec.json.encode(ordered)
+        parameters, aliases = (dict(sorted(names.items())) for names in (self.parameters, self.aliases))
+        return msgspec.json.encode(replace(self, parameters=parameters, aliases=aliases))
 
     def _is_stored(self, name: str) -> bool:
         parameter = self.parameters.get(name)
@@ -118,7 +118,7 @@ class BaseStructure:
 def from_json(content: bytes, source: object) -> BaseStructure:
     """The structure in ``content``, found in ``source``. Raises CheckpointError when it is none."""
     try:
-        return with_aliases(msgspec.json.decode(content, type=BaseStructure))
+        return msgspec.json.decode(content, type=BaseStructure)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{source}: not the structure of a base ({error}); export the base again") from error
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora.adapter import Adapter, Change, LowRank
 from lora.errors import AdapterError
+from lora.files.mapped import MappedFile
 from lora.formats.components import choose
 from lora.formats.factors import Factors, identity, open_factors
 from lora.formats.original_names import of_flux
@@ -37,14 +38,15 @@ PROCESSOR_LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 SLOTS = {"down": LINEAR_A, "up": LINEAR_B}
 
 
-def read_diffusers(path: Path, component: str | None = None) -> Adapter:
+def read_diffusers(source: Path | MappedFile, component: str | None = None) -> Adapter:
     """Read the updates of one component from a file, or from the folder that holds it under its usual name.
 
     ``component`` may be left out when the file has one only; the adapter's ``skipped`` names those that were not read.
     Raises AdapterError when the file can't be read, a tensor or field can't be honoured, or the component is not clear.
     """
-    file = _weights(path) if path.is_dir() else path
-    factors, metadata = open_factors(file)
+    opened = _weights(source) if isinstance(source, Path) and source.is_dir() else source
+    factors, metadata = open_factors(opened)
+    file = factors.path
     components = {key: _component(file, key) for key in factors.names()}
     present = set(components.values())
     chosen = choose(file, present, component)
@@ -52,10 +54,10 @@ def read_diffusers(path: Path, component: str | None = None) -> Adapter:
     config = _config(file, metadata, f"{chosen}.")
     ours = factors.renamed(keys)
     return Adapter(
-        path=path,
+        path=source if isinstance(source, Path) else file,
         format="diffusers",
         files=(file,),
-        sha256=identity((file,)),
+        sha256=identity((opened,)),
         changes=_in_diffusers_names(file, peft_changes(ours, config, "") if config else _changes(ours)),
         skipped=tuple(sorted(present - {chosen})),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora.adapter import Adapter, LowRank
 from lora.errors import AdapterError
+from lora.files.mapped import MappedFile
 from lora.formats.components import choose
 from lora.formats.factors import Factors, identity, open_factors
 from lora.formats.original_names import of_flux, of_sdxl
@@ -32,14 +33,15 @@ REFUSED = {
 }
 
 
-def read_kohya(path: Path, component: str | None = None) -> Adapter:
+def read_kohya(source: Path | MappedFile, component: str | None = None) -> Adapter:
     """Read the updates of one component: unet, transformer, te, te1, te2 or te3. It may be left out when the file has
     one only.
 
     Tensors of the others are not read; the adapter's ``skipped`` names them. Raises AdapterError when the file can't be
     read, a tensor can't be honoured or is left over, or the component is not clear.
     """
-    factors, _ = open_factors(path)
+    factors, _ = open_factors(source)
+    path = factors.path
     components = {key: _component(path, key) for key in factors.names()}
     present = set(components.values())
     chosen = choose(path, present, component)
@@ -49,7 +51,7 @@ def read_kohya(path: Path, component: str | None = None) -> Adapter:
         path=path,
         format="kohya",
         files=(path,),
-        sha256=identity((path,)),
+        sha256=identity((source,)),
         changes=_changes(ours),
         spelling="flattened",
         skipped=tuple(sorted(present - {chosen})),

@@ -17,6 +17,7 @@ import numpy as np
 
 from lora.adapter import Adapter, Change, LowRank, Replacement
 from lora.errors import AdapterError
+from lora.files.mapped import MappedFile
 from lora.files.tensorfile import Array
 from lora.formats.factors import Factors, identity, open_factors
 
@@ -26,7 +27,10 @@ CONV = "conv."
 
 
 def read_loralib(
-    path: Path, alpha: float | None, enable_lora: tuple[bool, ...] | None = None, fan_in_fan_out: bool | None = None
+    source: Path | MappedFile,
+    alpha: float | None,
+    enable_lora: tuple[bool, ...] | None = None,
+    fan_in_fan_out: bool | None = None,
 ) -> Adapter:
     """Read a safetensors file or a torch state dict; the scaling of each module is ``alpha`` over its r.
 
@@ -34,6 +38,7 @@ def read_loralib(
     linear weights are stored (in, out); only square ones need it.
     Raises AdapterError when the file can't be read, a tensor is left over, or what the file does not say was not given.
     """
+    path = source.path if isinstance(source, MappedFile) else source
     if alpha is None or not math.isfinite(alpha):
         raise AdapterError(
             f"{path}: loralib saves no alpha; give the lora_alpha of the training"
@@ -41,12 +46,12 @@ def read_loralib(
         )
     if enable_lora is not None and not any(enable_lora):
         raise AdapterError(f"{path}: enable_lora is {enable_lora}; expected at least one part with an update")
-    factors, _ = open_factors(path)
+    factors, _ = open_factors(source)
     return Adapter(
         path=path,
         format="loralib",
         files=(path,),
-        sha256=identity((path,)),
+        sha256=identity((source,)),
         changes=_Reader(factors, alpha, enable_lora, fan_in_fan_out).changes(),
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from lora.adapter import Adapter
 from lora.errors import AdapterError
+from lora.files.mapped import MappedFile
 from lora.formats import diffusers, peft
 from lora.formats.factors import PICKLES, open_factors
 from lora.formats.kohya import read_kohya
@@ -59,21 +61,42 @@ def read_adapter(path: Path, options: ReadOptions = ReadOptions()) -> Adapter:
     """
     file = _tensors_of(path)
     found = _format(path, file)
-    given = {field.name for field in fields(options) if getattr(options, field.name) is not None}
-    if given - APPLIES[found]:
-        raise AdapterError(
-            f"{path}: the option {min(given - APPLIES[found])} is not for a {found} adapter, which says it itself or"
-            " has no use for it; leave it out"
-        )
+    _check_options(path, found, options)
+    return peft.read_peft(path) if found == "PEFT" else _read_file(file, found, options)
+
+
+def read_adapter_files(folder: Path, files: Sequence[MappedFile], options: ReadOptions = ReadOptions()) -> Adapter:
+    """Read an adapter from its files, which are in memory: whatever else lies in ``folder`` is no part of it.
+
+    Raises AdapterError as ``read_adapter`` does, and when the files are not those of one adapter.
+    """
+    if len(files) != 1 or files[0].path.name in (peft.CONFIG, peft.WEIGHTS, peft.PICKLE):
+        return peft.read_peft_files(folder, files)
+    (file,) = files
+    found = _format_of_file(file.path, file)
+    _check_options(file.path, found, options)
+    return _read_file(file, found, options)
+
+
+def _read_file(file: Path | MappedFile, found: Format, options: ReadOptions) -> Adapter:
     match found:
-        case "PEFT":
-            return peft.read_peft(path)
         case "diffusers":
             return diffusers.read_diffusers(file, options.component)
         case "kohya":
             return read_kohya(file, options.component)
         case "loralib":
             return read_loralib(file, options.alpha, options.enable_lora, options.fan_in_fan_out)
+        case "PEFT":
+            raise AssertionError("a folder's format")
+
+
+def _check_options(path: Path, found: Format, options: ReadOptions) -> None:
+    given = {field.name for field in fields(options) if getattr(options, field.name) is not None}
+    if given - APPLIES[found]:
+        raise AdapterError(
+            f"{path}: the option {min(given - APPLIES[found])} is not for a {found} adapter, which says it itself or"
+            " has no use for it; leave it out"
+        )
 
 
 def _tensors_of(path: Path) -> Path:
@@ -100,6 +123,10 @@ def _format(path: Path, file: Path) -> Format:
                 f"{path}: holds {peft.CONFIG} (PEFT) and {others[0]} (diffusers); give the one of the two that is meant"
             )
         return "PEFT"
+    return _format_of_file(path, file)
+
+
+def _format_of_file(path: Path, file: Path | MappedFile) -> Format:
     names = open_factors(file)[0].names()
     found = [name for name, pattern in KEYS.items() if any(pattern.match(key) for key in names)]
     if len(found) != 1:

@@ -53,10 +53,18 @@ def structure_by_transformers(folder: Path, tensors: Mapping[str, Array], wanted
     transformers does not know the configuration.
     """
     model = _skeleton(folder, wanted)
-    shapes = {name: shape_of(tensors, name) for name in tensors}
-    stored, converted = _homes(model, shapes)
+    stored, converted = _homes(model, {name: shape_of(tensors, name) for name in tensors})
     if wanted.name is not None and not stored:  # the class of a part, which this base has under other names
         return structure_by_transformers(folder, tensors, ModelClass())
+    return _structure(model, stored, converted)
+
+
+def structure_of_model(model: Any, tensors: Mapping[str, Array]) -> BaseStructure:
+    """The structure of ``model``, on the meta device, over the base whose stored ``tensors`` these are."""
+    return _structure(model, *_homes(model, {name: shape_of(tensors, name) for name in tensors}))
+
+
+def _structure(model: Any, stored: Mapping[str, tuple[Piece, ...]], converted: Mapping[str, str]) -> BaseStructure:
     parameters = {
         name: Parameter(
             _kind(module, name, parameter), tuple(parameter.shape), stored.get(name, ()), converted.get(name, "")

@@ -20,10 +20,9 @@ from exporter.bundle.layout import key
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.records import MODEL, Base, Graph, Head, Port, Store, Weight
 from exporter.bundle.staging import describe, named_by_content, staging
-from exporter.task import add_task
+from exporter.task import add_task, recipe_of
 from exporter.writing import TaskDraft, write_task
 from lora.files.tensorfile import Array, Lazy, TensorFile, write_tensors
-from lora.formats.peft import read_peft
 
 VOCABULARY, WIDTH, OUTPUTS, LONGEST = 24, 8, 2, 16
 LEFT, RIGHT, HEAD = "left.weight", "right.weight", "score.weight"
@@ -52,8 +51,8 @@ def hand_made_bundle(path: Path) -> Bundle:
         (stage / "base" / "config.json").write_text("{}")
         base = Base("0" * 64, "float32", LONGEST, VOCABULARY, (file,), (describe(stage, "base/config.json"),))
         graph = BaseGraph(_graph(), _proto(), (TensorFile(stage / file.path),), added=(file,), traced=False)
-        head, read = {MODEL: _graph().head}, read_peft(adapters["left"])
-        draft = TaskDraft("left", read, head, (), "dense")
+        head, recipe = {MODEL: _graph().head}, recipe_of(adapters["left"])
+        draft = TaskDraft("left", recipe, head, (), "dense")
         bundle = write_task(path, stage, draft, {MODEL: graph}, base, lambda step, share=None: None).bundle
     for task, (_, store) in list(TASKS.items())[1:]:
         bundle = add_task(path, adapters[task], task, store=store).bundle

@@ -20,7 +20,7 @@ from exporter.graph.decompose import decomposed_in_place
 from exporter.graph.digest import graph_digest
 from exporter.heads import head_of
 from exporter.source import checkpoint
-from exporter.task import adapter_of
+from exporter.task import unadapted
 
 TRACED_AGAIN = {"DebertaV2 SEQ_CLS", "T5"}  # they add in place
 FAMILIES = ["BERT TOKEN_CLS", "DebertaV2 SEQ_CLS", "GPT2", "Llama", "T5", "Whisper encoder"]
@@ -46,12 +46,12 @@ def test_the_graph_is_the_one_that_tracing_again_gives(
 ) -> None:
     architecture = ARCHITECTURES[name]
     base = save_base(architecture, tmp_path / "base")
-    head = head_of(adapter_of(None, base), base, architecture.asked)
+    head = head_of(unadapted(base), base, architecture.asked)
 
     def traced() -> str:
         return graph_digest(
             _with_torchs_reshapes(
-                exporter.graph.trace.trace(checkpoint(base, lambda: "").signature("model", head, precision)).graph
+                exporter.graph.trace.trace(checkpoint(base, lambda: "", "").signature("model", head, precision)).graph
             )
         )
 

@@ -13,10 +13,16 @@ from float32_sums import engines_bound
 from safetensors.numpy import load_file
 
 from exporter.bundle.manifest import Bundle
-from exporter.bundle.task_part import task_part
-from exporter.proof.reference import base_values, exact_values, merged_values, torch_runner
+from exporter.bundle.task_part import TaskPart, task_part
+from exporter.proof.reference import base_values, merged_values, of_bundle, torch_runner
 from exporter.task import Request, export_task
 from lora.files.tensorfile import Array
+
+
+def exact_values(part: TaskPart) -> dict[str, Array]:
+    reference = of_bundle(part)
+    return {name: reference.exact(name) for name in part.graph.weights}
+
 
 HEAD = {"classifier.weight", "classifier.bias"}
 ADAPTED = {
