@@ -22,6 +22,7 @@ class Options(ctypes.Structure):
         ("threads", ctypes.c_int),
         ("memory", ctypes.c_uint64),
         ("onnxruntime", ctypes.c_char_p),
+        ("digest", ctypes.c_char_p),
     ]
 
 
@@ -50,7 +51,7 @@ def main(library: str, bundle: str, mode: int, memory: int, backend: int = 0, th
         getattr(api, name).argtypes = [ctypes.c_void_p]
     api.lorafuse_output.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     runtime = ctypes.c_void_p()
-    options = Options(mode, backend, threads, memory, None)
+    options = Options(mode, backend, threads, memory, None, None)
     if api.lorafuse_open(bundle.encode(), ctypes.byref(options), ctypes.byref(runtime)):
         print(json.dumps({"error": api.lorafuse_error().decode()}))
         return

@@ -226,14 +226,15 @@ def test_inputs_that_do_not_fit_are_refused_in_the_same_words_and_the_task_goes_
             good | {"input_ids": ids[0]},
             {"input_ids": ids},
             good | {"more": ids},
+            good | {"attention_mask": good["attention_mask"][:, :2]},
+            good | {"input_ids": ids - 10**6},
+            good | {"input_ids": ids + 10**6},
+            good | {"token_type_ids": ids - 10**6},
+            dict.fromkeys(good, np.zeros((1, 65), np.int64)),
         ):
             with pytest.raises(EngineError) as refused:
                 runtime.run("dense", bad)
             assert ask("dense", bad) == {"error": str(refused.value)}
-        short = good | {"attention_mask": good["attention_mask"][:, :2]}  # Python sees it before the engine does
-        with pytest.raises(EngineError, match="as long as 'input_ids'"):
-            runtime.run("dense", short)
-        assert "can't run these inputs" in ask("dense", short)["error"]
     assert "outputs" in ask("dense", good)
 
 
