@@ -14,7 +14,7 @@ from exporter.bundle.manifest import open_bundle
 from lora.errors import BundleError, EngineError, LorafuseError
 from lora.files.tensorfile import Array
 from scripts.support.hand_made_bundle import LONGEST, VOCABULARY, inputs
-from scripts.support.resigned import edit_graph, edit_manifest
+from scripts.support.resigned import edit_graph, edit_manifest, part_of, replace_content
 from scripts.support.served_by_cpp import RefusedError, ServedByCpp
 
 MODES = ("dedicated", "resident")
@@ -123,6 +123,12 @@ def test_what_a_stranger_wrote_is_printed_escaped(served, bundle: Path):
     edit_graph(bundle, "left", rename)
     said = served(bundle, "left")["left"]
     assert isinstance(said, str)  # and printable, as whoever asks has made sure
+
+
+def test_an_axis_whose_name_is_no_text_is_refused(served, bundle: Path):
+    path = part_of(bundle, "left")["model"]["path"]
+    replace_content(bundle, path, (bundle / path).read_bytes().replace(b"sequence", b"sequenc\xff"))
+    served.refuses(bundle, "left", "not an ONNX model that can be served (a text is not UTF-8)")
 
 
 def test_every_error_is_one_printable_line():

@@ -143,7 +143,10 @@ void lorafuse_close(lorafuse_runtime* runtime) { delete runtime; }
 
 const char* lorafuse_digest(lorafuse_runtime* runtime) {
     const char* digest = nullptr;
-    guarded([&] { digest = given(runtime, "the runtime")->kept.text(runtime->runtime.digest()); });
+    guarded([&] {
+        lorafuse_runtime& of = *given(runtime, "the runtime");
+        digest = of.kept.text(of.runtime.digest());
+    });
     return digest;
 }
 
@@ -161,14 +164,18 @@ int lorafuse_evict(lorafuse_runtime* runtime, const char* task) {
 
 const char* lorafuse_task(lorafuse_runtime* runtime, size_t index) {
     const char* name = nullptr;
-    guarded([&] { name = text_at(*given(runtime, "the runtime"), runtime->runtime.tasks(), index); });
+    guarded([&] {
+        lorafuse_runtime& of = *given(runtime, "the runtime");
+        name = text_at(of, of.runtime.tasks(), index);
+    });
     return name;
 }
 
 const char* lorafuse_label(lorafuse_runtime* runtime, const char* task, size_t index) {
     const char* label = nullptr;
     guarded([&] {
-        label = text_at(*given(runtime, "the runtime"), runtime->runtime.labels(given(task, "the task")), index);
+        lorafuse_runtime& of = *given(runtime, "the runtime");
+        label = text_at(of, of.runtime.labels(given(task, "the task")), index);
     });
     return label;
 }
@@ -186,7 +193,8 @@ lorafuse_port lorafuse_input(lorafuse_runtime* runtime, const char* task, const 
 const char* lorafuse_part(lorafuse_runtime* runtime, const char* task, size_t index) {
     const char* role = nullptr;
     guarded([&] {
-        role = text_at(*given(runtime, "the runtime"), runtime->runtime.parts(given(task, "the task")), index);
+        lorafuse_runtime& of = *given(runtime, "the runtime");
+        role = text_at(of, of.runtime.parts(given(task, "the task")), index);
     });
     return role;
 }

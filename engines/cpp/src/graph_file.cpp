@@ -98,6 +98,20 @@ const MessageKind kValue{"value",
                           {3, "doc_string", Wire::bytes, false},
                           {4, "metadata_props", Wire::bytes, true}}};
 
+const MessageKind kType{"type",
+                        {{1, "tensor_type", Wire::bytes, false},
+                         {4, "sequence_type", Wire::bytes, false},
+                         {5, "map_type", Wire::bytes, false},
+                         {6, "denotation", Wire::bytes, false},
+                         {8, "sparse_tensor_type", Wire::bytes, false},
+                         {9, "optional_type", Wire::bytes, false}}};
+const MessageKind kTensorType{"tensor type", {{1, "elem_type", Wire::number, false}, {2, "shape", Wire::bytes, false}}};
+const MessageKind kShape{"shape", {{1, "dim", Wire::bytes, true}}};
+const MessageKind kDimension{"dimension",
+                             {{1, "dim_value", Wire::number, false},
+                              {2, "dim_param", Wire::bytes, false},
+                              {3, "denotation", Wire::bytes, false}}};
+
 // Fields, each with its name and its length, so that no two lists of fields look alike.
 class Skeleton {
 public:
@@ -130,6 +144,17 @@ void walk(std::string_view message, const MessageKind& kind, int depth) {
         else if (field.name == "t" || field.name == "tensors" || field.name == "initializer") check_inline(field.bytes);
         else if (field.name == "op_type" && text_of(field) == kReader)
             throw WireError(std::string("a node ") + kReader + " may read a file");
+    });
+}
+
+// An input or output, whose axes have names of text as it has itself: runtimes ask for them.
+void check_port(std::string_view message, const MessageKind& kind) {
+    each_field(message, kind, [](const Field& field) {
+        if (field.name == "name" || field.name == "dim_param") text_of(field);
+        else if (field.name == "type") check_port(field.bytes, kType);
+        else if (field.name == "tensor_type") check_port(field.bytes, kTensorType);
+        else if (field.name == "shape") check_port(field.bytes, kShape);
+        else if (field.name == "dim") check_port(field.bytes, kDimension);
     });
 }
 
@@ -207,11 +232,7 @@ void add_field(const Field& field, GraphFile& graph, Skeleton& skeleton) {
     if (field.name == "initializer") return add_initializer(field.bytes, graph, skeleton);
     skeleton.add(field);
     if (field.name == "node") walk(field.bytes, kNode, 1);
-    else if (field.name == "input" || field.name == "output") {
-        each_field(field.bytes, kValue, [](const Field& inner) {
-            if (inner.name == "name") text_of(inner);
-        });
-    }
+    else if (field.name == "input" || field.name == "output") check_port(field.bytes, kValue);
 }
 
 GraphFile graph_in(std::string_view content) {

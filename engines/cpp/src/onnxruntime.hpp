@@ -47,11 +47,11 @@ private:
 
 // What a session is made of: all of it is in memory, and no file is opened for it.
 struct Model {
-    std::string graph;                              // serialized ONNX
-    std::filesystem::path folder;                   // for messages
-    Tensors weights;                                // of every initializer whose values the graph does not hold
-    std::set<std::string> shared;                   // of these, what all sessions have in common: prepacked once
-    std::vector<std::shared_ptr<const void>> kept;  // where the weights lie, for as long as a session reads them
+    std::string graph;             // serialized ONNX
+    std::filesystem::path folder;  // for messages
+    Tensors weights;               // of every initializer whose values the graph does not hold
+    std::set<std::string> shared;  // of these, what all sessions have in common: prepacked once
+    TensorFiles files;             // where the weights lie: the session keeps them mapped
 };
 
 // Tensors that go into every run of a task, by name.
@@ -79,6 +79,7 @@ public:
     OrtSession* handle() const { return session_.get(); }
 
 private:
+    void give(OrtSessionOptions* options, const Model& model, const std::set<std::string>& shared);
     void open(const Model& model, int threads, const std::set<std::string>& shared);
     void read_ports();
     Takes taken_at(std::size_t index) const;
@@ -86,7 +87,7 @@ private:
     Tensor tensor_of(Handle<OrtValue> value) const;
 
     std::shared_ptr<const Environment> environment_;
-    std::vector<std::shared_ptr<const void>> kept_;
+    TensorFiles files_;
     std::vector<Handle<OrtValue>> initializers_;  // the session reads them where they are
     Handle<OrtSession> session_{nullptr, nullptr};
     std::map<std::string, Takes> inputs_;

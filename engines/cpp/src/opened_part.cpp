@@ -91,7 +91,7 @@ Model OpenedPart::model(const std::set<std::string>& changed, const GraphFile& c
     for (const auto& [name, tensor] : model.weights) {
         if (changed.count(name) == 0 && is_shared(tensor)) model.shared.insert(name);
     }
-    model.kept.assign(files_.begin(), files_.end());
+    model.files = files();
     return model;
 }
 

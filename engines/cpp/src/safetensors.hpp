@@ -23,6 +23,8 @@ public:
     // The tensors by name. They lie in the file's mapping, and live as long as this object.
     const std::map<std::string, TensorView>& tensors() const { return tensors_; }
 
+    const MappedFile& content() const { return *file_; }
+
     // Where one of them lies, in bytes from the file's start.
     std::uint64_t offset_of(const TensorView& tensor) const {
         return static_cast<std::uint64_t>(static_cast<const std::byte*>(tensor.data) - file_->data());

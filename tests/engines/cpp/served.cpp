@@ -86,7 +86,8 @@ std::string raced(const Words& words) {
         }
     }
     std::string text;
-    for (const auto& [answer, count] : counts) text += (text.empty() ? " " : "\t") + std::to_string(count) + " " + answer;
+    for (const auto& [answer, count] : counts)
+        text += (text.empty() ? " " : "\t") + std::to_string(count) + " " + answer;
     return text;
 }
 

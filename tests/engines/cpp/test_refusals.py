@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import Built
+from compiled import Built, run
 from safetensors.numpy import load_file, save_file
 
 import engines
+from engines.backends.onnxruntime import OLDEST
 from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL
 from exporter.task import add_task
@@ -474,3 +475,21 @@ def test_a_library_that_is_not_onnx_runtime_is_refused(built: Built, tiny_copy: 
     refused = built.ask(tiny_copy, "--task", "first", "--ids", "101", "--onnxruntime", library, status=3)
     assert refused.startswith(f"lorafuse-ask: {said}")
     assert refused.endswith("; give its library's path as Options::onnxruntime\n")
+
+
+OLD = """
+static const char *version(void) { return "1.23.2"; }
+static const void *api(unsigned number) { (void)number; return 0; }
+static const struct { const void *(*api)(unsigned); const char *(*version)(void); } base = {api, version};
+const void *OrtGetApiBase(void) { return &base; }
+"""
+
+
+def test_an_onnx_runtime_that_is_too_old_is_refused_by_number(built: Built, tiny_copy: Path, tmp_path: Path):
+    """Python's wants the same: engines/backends/onnxruntime.py."""
+    (tmp_path / "old.c").write_text(OLD)
+    library = tmp_path / "libold.so"
+    run("gcc", "-shared", "-fPIC", tmp_path / "old.c", "-o", library)
+    refused = built.ask(tiny_copy, "--task", "first", "--ids", "101", "--onnxruntime", library, status=3)
+    oldest = ".".join(map(str, OLDEST))
+    assert refused == f"lorafuse-ask: {library}: ONNX Runtime 1.23.2 is too old; expected {oldest} or newer\n"
