@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiled import HERE, Built, configured, tensorrt_root
+from filelock import FileLock
 from safetensors.numpy import save_file
 
 from exporter.bundle.manifest import Bundle
@@ -132,3 +134,32 @@ def real_bundle(tmp_path_factory: pytest.TempPathFactory, real_base: Path) -> Bu
     out = tmp_path_factory.mktemp("real") / "bundle"
     export_task(Request(real_base, MOVIES.adapter, "movies", MOVIES.labels), out)
     return export_task(Request(real_base, SUPERSENSE.adapter, "supersense", SUPERSENSE.labels), out).bundle
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Built:
+    """Compiled with every warning an error; once for all of pytest's processes."""
+    for tool in ("cmake", "ninja", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed here")
+    temporary = tmp_path_factory.getbasetemp()
+    folder = (temporary if worker_id == "master" else temporary.parent) / "cpp"
+    with FileLock(f"{folder}.lock"):
+        shared = configured(
+            folder / "shared",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_INSTALL_PREFIX={folder / 'installed'}",
+        )
+        sanitized = configured(
+            folder / "sanitized",
+            "-DCMAKE_CXX_FLAGS=-Werror -O1 -g1",
+            "-DLORAFUSE_SANITIZE=address,undefined",
+            "-DBUILD_SHARED_LIBS=OFF",
+            f"-DLORAFUSE_TESTS={HERE}",
+        )
+        tensorrt = configured(
+            folder / "tensorrt",
+            f"-DCMAKE_INSTALL_PREFIX={folder / 'with-tensorrt'}",
+            *tensorrt_root(folder / "roots"),
+        )
+    return Built(shared, sanitized, tensorrt)

@@ -108,12 +108,13 @@ class OnnxRuntime:
         )
         try:
             kept = self._give(options, model)
-            session = self._api.InferenceSession(model.graph, options, providers=providers)
+            # A failing provider is an error, not a reason to print it and go on with another.
+            session = self._api.InferenceSession(model.graph, options, providers=providers, enable_fallback=0)
         except Exception as error:  # the API raises classes of its own that share no root but Exception
             raise EngineError(
                 f"{model.folder}: ONNX Runtime {self.version()} can't load the model ({_first_line(error)})"
             ) from error
-        session.disable_fallback()  # a failing provider is an error, not a reason to go on with another
+        session.disable_fallback()
         wanted, used = PROVIDERS[self._runtime].name, session.get_providers()
         if wanted not in used:
             raise EngineError(f"{model.folder}: {wanted} was asked for, but ONNX Runtime uses {', '.join(used)}")

@@ -124,6 +124,18 @@ TENSOR = message(
 )
 ENTRY = message("entry of external data", key="1 bytes", value="2 bytes")
 VALUE = message("value", name="1 bytes", type="2 bytes", doc_string="3 bytes", metadata_props="4 bytes*")
+TYPE = message(
+    "type",
+    tensor_type="1 bytes",
+    sequence_type="4 bytes",
+    map_type="5 bytes",
+    denotation="6 bytes",
+    sparse_tensor_type="8 bytes",
+    optional_type="9 bytes",
+)
+TENSOR_TYPE = message("tensor type", elem_type="1 number", shape="2 bytes")
+SHAPE = message("shape", dim="1 bytes*")
+DIMENSION = message("dimension", dim_value="1 number", dim_param="2 bytes", denotation="3 bytes")
 
 
 @dataclass(frozen=True)
@@ -291,7 +303,25 @@ def _check_inline(content: bytes, value: Value) -> None:
 
 
 def _named(content: bytes, value: Value) -> str:
-    return next((text(content, inner) for name, inner in _fields(content, value, VALUE) if name == "name"), "")
+    """The name of an input or output, whose axes have names of text too: runtimes ask for them."""
+    found = ""
+    for name, inner in _fields(content, value, VALUE):
+        if name == "name":
+            found = text(content, inner)
+        elif name == "type":
+            _check_axes(content, inner)
+    return found
+
+
+def _check_axes(content: bytes, value: Value) -> None:
+    inside = {"tensor_type": TENSOR_TYPE, "shape": SHAPE, "dim": DIMENSION}
+    unread = [(value, TYPE)]
+    while unread:
+        for name, inner in _fields(content, *unread.pop()):
+            if name == "dim_param":
+                text(content, inner)
+            elif name in inside:
+                unread.append((inner, inside[name]))
 
 
 def _fields(content: bytes, value: Value, kind: Message) -> Iterator[tuple[str, Value]]:

@@ -13,12 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import engines
 from engines.serving.pool import Pool
 from lora.errors import EngineError
+from lora.files.tensorfile import Array
 from scripts.support.hand_made_bundle import inputs
+from scripts.support.resigned import part_of
+from scripts.support.served_by_cpp import RefusedError, ServedByCpp
 
 ROOT = Path(__file__).parents[2]
 MODES = ("dedicated", "resident")
@@ -158,3 +162,25 @@ def test_closing_from_another_thread_still_waits():
         assert not closing.done()
         stack.close()
         closing.result(10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_cpp_nested_beyond_the_memory_budget_is_an_error(
+    cpp: ServedByCpp, bundle: Path, good: dict[str, Array], mode: str
+):
+    """One thread holds one task and asks for another."""
+    cpp.open(bundle, mode, memory=(bundle / part_of(bundle, "left")["weights"]["path"]).stat().st_size)
+    cpp.ask("use", "left")
+    with pytest.raises(RefusedError, match=r"bytes of weights are needed beside [1-9].*; raise it, or end that use"):
+        cpp.run("right", inputs())
+    np.testing.assert_allclose(cpp.held(inputs())["logits"], good["left"], atol=1e-4)
+    cpp.ask("release")
+    cpp.run("right", inputs())
+
+
+def test_in_cpp_closing_inside_ones_own_use_does_not_wait(cpp: ServedByCpp, bundle: Path, good: dict[str, Array]):
+    cpp.open(bundle, "resident")
+    cpp.ask("use", "left")
+    cpp.ask("close")
+    np.testing.assert_allclose(cpp.held(inputs())["logits"], good["left"], atol=1e-4)
+    cpp.ask("release")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,17 @@ from exporter.bundle.manifest import open_bundle
 from lora.errors import BundleError, EngineError, LorafuseError
 from lora.files.tensorfile import Array
 from scripts.support.hand_made_bundle import LONGEST, VOCABULARY, inputs
-from scripts.support.resigned import edit_graph, edit_manifest
+from scripts.support.resigned import edit_graph, edit_manifest, part_of, replace_content
+from scripts.support.served_by_cpp import RefusedError, ServedByCpp
 
 MODES = ("dedicated", "resident")
+
+
+@pytest.mark.parametrize("threads", [-1, (os.cpu_count() or 1) + 1, 10**6])
+def test_threads_of_the_cpp_runtime_are_one_to_the_machines_too(cpp: ServedByCpp, bundle: Path, threads: int):
+    said = f"threads {threads}: expected 0 for every core, or 1 to {os.cpu_count()}, which this machine has"
+    with pytest.raises(RefusedError, match=said):
+        cpp.open(bundle, "dedicated", threads)
 
 
 @pytest.mark.parametrize("threads", [0, -1, (os.cpu_count() or 1) + 1, 10**6])
@@ -53,6 +62,14 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize(("given", "said"), BROKEN.values(), ids=BROKEN)
+def test_both_runtimes_refuse_them_and_go_on(served, bundle: Path, given: dict[str, Array], said: str):
+    refused = served.ask(bundle, ["left"], served.mode, given)["left"]
+    assert isinstance(refused, str)
+    assert re.search(said, refused)
+    served.right(served(bundle))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("given", "said"), BROKEN.values(), ids=BROKEN)
 def test_inputs_that_a_graph_would_answer_wrongly_are_refused(
@@ -72,11 +89,18 @@ def test_a_loaded_task_refuses_them_too(bundle: Path, given: dict[str, Array], s
         session.run(given)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_longest_and_the_last_id_are_taken(bundle: Path, mode: str):
-    with engines.open(bundle, mode, threads=1) as runtime:
-        ids = np.full((1, LONGEST), VOCABULARY - 1)
-        assert np.isfinite(runtime.run("left", {"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]).all()
+def test_the_longest_and_the_last_id_are_taken(served, bundle: Path):
+    ids = np.full((1, LONGEST), VOCABULARY - 1)
+    found = served.ask(bundle, ["left"], served.mode, {"input_ids": ids, "attention_mask": np.ones_like(ids)})["left"]
+    assert not isinstance(found, str), found
+    assert np.isfinite(found).all()
+
+
+def test_a_size_that_is_not_the_files_is_told_by_both(served, bundle: Path):
+    edit_manifest(bundle, lambda manifest: manifest["base"]["weights"][0].update(size=10**15))
+    said = served(bundle, "left")["left"]
+    assert isinstance(said, str)
+    assert "bytes, but the manifest says 1000000000000000" in said
 
 
 def test_a_size_that_is_not_the_files_is_told_before_the_hash(bundle: Path, monkeypatch: pytest.MonkeyPatch):
@@ -99,6 +123,12 @@ def test_what_a_stranger_wrote_is_printed_escaped(served, bundle: Path):
     edit_graph(bundle, "left", rename)
     said = served(bundle, "left")["left"]
     assert isinstance(said, str)  # and printable, as whoever asks has made sure
+
+
+def test_an_axis_whose_name_is_no_text_is_refused(served, bundle: Path):
+    path = part_of(bundle, "left")["model"]["path"]
+    replace_content(bundle, path, (bundle / path).read_bytes().replace(b"sequence", b"sequenc\xff"))
+    served.refuses(bundle, "left", "not an ONNX model that can be served (a text is not UTF-8)")
 
 
 def test_every_error_is_one_printable_line():

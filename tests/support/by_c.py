@@ -22,6 +22,7 @@ class Options(ctypes.Structure):
         ("threads", ctypes.c_int),
         ("memory", ctypes.c_uint64),
         ("onnxruntime", ctypes.c_char_p),
+        ("digest", ctypes.c_char_p),
     ]
 
 
@@ -36,21 +37,33 @@ class Tensor(ctypes.Structure):
     ]
 
 
+class Port(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("dtype", ctypes.c_int),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("axes", ctypes.POINTER(ctypes.c_char_p)),
+        ("rank", ctypes.c_size_t),
+    ]
+
+
 def main(library: str, bundle: str, mode: int, memory: int, backend: int = 0, threads: int = 1) -> None:
     api = ctypes.CDLL(library)
     api.lorafuse_error.restype = ctypes.c_char_p
     api.lorafuse_output.restype = Tensor
     api.lorafuse_count.restype = ctypes.c_size_t
-    for name in ("lorafuse_task", "lorafuse_label", "lorafuse_part"):
+    api.lorafuse_input.restype = Port
+    api.lorafuse_input.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+    for name in ("lorafuse_task", "lorafuse_label", "lorafuse_part", "lorafuse_digest"):
         getattr(api, name).restype = ctypes.c_char_p
     api.lorafuse_task.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     for name in ("lorafuse_label", "lorafuse_part"):
         getattr(api, name).argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
-    for name in ("lorafuse_count", "lorafuse_free", "lorafuse_close"):
+    for name in ("lorafuse_count", "lorafuse_free", "lorafuse_close", "lorafuse_digest", "lorafuse_end"):
         getattr(api, name).argtypes = [ctypes.c_void_p]
     api.lorafuse_output.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     runtime = ctypes.c_void_p()
-    options = Options(mode, backend, threads, memory, None)
+    options = Options(mode, backend, threads, memory, None, None)
     if api.lorafuse_open(bundle.encode(), ctypes.byref(options), ctypes.byref(runtime)):
         print(json.dumps({"error": api.lorafuse_error().decode()}))
         return
@@ -75,6 +88,10 @@ def answer(api: ctypes.CDLL, runtime: ctypes.c_void_p, request: dict, before: in
         return texts(lambda index: api.lorafuse_part(runtime, request["task"].encode(), index))
     if request.get("null"):
         return nulls(api, runtime)
+    if request.get("ports"):
+        return ports(api, runtime, request["task"].encode())
+    if request.get("change"):
+        return changed(api, runtime, request)
     inputs = (Tensor * len(request["inputs"]))()
     kept = []
     for place, given in enumerate(request["inputs"]):
@@ -89,12 +106,15 @@ def answer(api: ctypes.CDLL, runtime: ctypes.c_void_p, request: dict, before: in
     task = None if request["task"] is None else request["task"].encode()
     given = (int(request["adapted"]), inputs, len(inputs), ctypes.byref(outputs))
     part = request.get("part")
-    refused = (
-        api.lorafuse_run(runtime, task, *given)
-        if part is None
-        else api.lorafuse_run_part(runtime, task, part.encode(), *given)
-    )
+    outputs.value = 1  # what is there before a call says nothing afterwards
+    if request.get("use"):
+        refused = in_use(api, runtime, task, given)
+    elif part is None:
+        refused = api.lorafuse_run(runtime, task, *given)
+    else:
+        refused = api.lorafuse_run_part(runtime, task, part.encode(), *given)
     if refused:
+        assert outputs.value is None
         return {"error": api.lorafuse_error().decode()}
     found = {}
     for index in range(api.lorafuse_count(outputs)):
@@ -105,6 +125,40 @@ def answer(api: ctypes.CDLL, runtime: ctypes.c_void_p, request: dict, before: in
         }
     api.lorafuse_free(outputs)
     return {"outputs": found, "anonymous": anonymous() - before}
+
+
+def in_use(api: ctypes.CDLL, runtime: ctypes.c_void_p, task: bytes | None, given: tuple) -> int:
+    """A run of a task that was given up by the runtime while it was in use."""
+    use = ctypes.c_void_p(1)
+    adapted, *inputs = given
+    if refused := api.lorafuse_begin(runtime, task, adapted, ctypes.byref(use)):
+        assert use.value is None
+        given[-1]._obj.value = None
+        return refused
+    api.lorafuse_evict(runtime, task)
+    refused = api.lorafuse_run_use(use, None, *inputs)
+    api.lorafuse_end(use)
+    return refused
+
+
+def ports(api: ctypes.CDLL, runtime: ctypes.c_void_p, task: bytes) -> list:
+    """Name, dtype, and of each dimension its size or the name of its axis."""
+    found = []
+    for index in itertools.count():
+        port = api.lorafuse_input(runtime, task, None, index)
+        if port.name is None:
+            break
+        shape = [port.axes[i].decode() if port.sizes[i] == -1 else port.sizes[i] for i in range(port.rank)]
+        found.append([port.name.decode(), port.dtype, shape])
+    return found
+
+
+def changed(api: ctypes.CDLL, runtime: ctypes.c_void_p, request: dict) -> dict:
+    """What lorafuse_reload, lorafuse_preload or lorafuse_evict says, and the digest afterwards."""
+    given = None if request["task"] is None else request["task"].encode()
+    refused = getattr(api, f"lorafuse_{request['change']}")(runtime, given)
+    error = api.lorafuse_error().decode() if refused else None
+    return {"error": error, "digest": api.lorafuse_digest(runtime).decode()}
 
 
 def nulls(api: ctypes.CDLL, runtime: ctypes.c_void_p) -> list:

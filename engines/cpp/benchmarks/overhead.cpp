@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <functional>
 
-#include "models.hpp"
+#include "opened_part.hpp"
 
 namespace {
 
@@ -58,21 +58,22 @@ void run_raw(const lorafuse::Environment& environment, OrtSession* session, cons
     environment.api().ReleaseValue(found);
 }
 
-// The task as the runtime has it, whose session shares the base's weights, beside a session of its own from the files.
+// The task as the runtime has it, whose session shares the base's weights, beside one of its own.
 void measure(const std::string& path, const std::string& name, std::int64_t length, int turns,
              const std::string& library) {
     const lorafuse::Bundle bundle(path);
-    const lorafuse::Stored stored(bundle, bundle.part(bundle.task(name), "model"));
+    lorafuse::OpenedPart part(bundle, bundle.part(bundle.task(name), "model"));
     const auto environment = std::make_shared<const lorafuse::Environment>(library);
-    const lorafuse::Model files{bundle.model(stored.part), bundle.path(), {}, {}};
-    const lorafuse::Session alone(environment, files, 1), another(environment, files, 1);
-    const lorafuse::Session sharing(environment, lorafuse::dedicated_model(bundle, stored, true), 1);
+    lorafuse::Model model = part.dedicated_model(true);
+    const lorafuse::Session sharing(environment, model, 1);
+    model.shared.clear();
+    const lorafuse::Session alone(environment, model, 1), another(environment, model, 1);
     lorafuse::Options options;
     options.threads = 1, options.onnxruntime = library;
     lorafuse::Runtime runtime(path, options);
     const std::vector<std::int64_t> ones(static_cast<std::size_t>(length), 1);
     lorafuse::Inputs inputs;
-    for (const lorafuse::Port& port : bundle.inputs(stored.part)) inputs[port.name] = lorafuse::view(ones, {1, length});
+    for (const lorafuse::Port& port : bundle.inputs(part.part())) inputs[port.name] = lorafuse::view(ones, {1, length});
     runtime.run(name, inputs);
     const auto raw_alone = [&] { run_raw(*environment, alone.handle(), inputs); };
     const auto raw_sharing = [&] { run_raw(*environment, sharing.handle(), inputs); };

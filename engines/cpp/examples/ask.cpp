@@ -38,8 +38,14 @@ constexpr const char* kUsage =
     "  --threads N             of ONNX Runtime, 1 unless given; 0: every core\n"
     "  --memory BYTES          of weights that tasks may hold\n"
     "  --unadapted             the base under the task's head\n"
+    "  --digest sha256:…       refuse any other bundle\n"
     "  --onnxruntime PATH      ONNX Runtime's library\n"
     "  --raw                   every output's bytes, in hex\n";
+
+// What is wrong with the words, and which there are; of many lines, as no lorafuse::Error is.
+struct Usage : std::runtime_error {
+    explicit Usage(const std::string& wrong) : std::runtime_error(wrong + "\n" + kUsage) {}
+};
 
 std::int64_t number_of(const std::string& name, const std::string& text) {
     std::int64_t number = 0;
@@ -95,13 +101,14 @@ Arguments arguments_of(int count, char** values) {
         else if (name == "--threads") arguments.options.threads = threads_of(name, value());
         else if (name == "--memory") arguments.options.memory = static_cast<std::uint64_t>(number_of(name, value()));
         else if (name == "--onnxruntime") arguments.options.onnxruntime = value();
+        else if (name == "--digest") arguments.options.digest = value();
         else if (name == "--unadapted") arguments.adapted = false;
         else if (name == "--raw") arguments.raw = true;
         else if (arguments.bundle.empty() && name[0] != '-') arguments.bundle = name;
-        else throw lorafuse::Error("'" + name + "' is not known\n" + kUsage);
+        else throw Usage("'" + name + "' is not known");
     }
     if (arguments.bundle.empty() || arguments.task.empty() || arguments.ids.empty()) {
-        throw lorafuse::Error(std::string("give a bundle, a task and ids\n") + kUsage);
+        throw Usage("give a bundle, a task and ids");
     }
     return arguments;
 }
@@ -203,7 +210,7 @@ void answer(const Arguments& arguments) {
     const lorafuse::Tensor& logits = logits_of(outputs);
     const float* first = logits.data<float>();
     const float* likeliest = std::max_element(first, first + logits.shape().back());
-    const std::vector<std::string>& labels = runtime.labels(arguments.task);
+    const std::vector<std::string> labels = runtime.labels(arguments.task);
     if (!labels.empty()) std::cout << labels.at(static_cast<std::size_t>(likeliest - first)) << ' ';
     std::printf("%.6f\n", static_cast<double>(*likeliest));
 }

@@ -1,16 +1,35 @@
-#include <map>
+#include <cstdint>
+#include <mutex>
 #include <new>
+#include <set>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "lorafuse.h"
 #include "lorafuse/runtime.hpp"
 
+// Each once, at a place that stays: what a caller was given lives as long as the runtime, whatever is reloaded.
+struct Kept {
+    std::mutex mutex;
+    std::set<std::string> texts;
+    std::set<std::vector<std::int64_t>> sizes;
+    std::set<std::vector<const char*>> axes;
+
+    const char* text(const std::string& value) {
+        const std::lock_guard lock(mutex);
+        return texts.insert(value).first->c_str();
+    }
+};
+
 struct lorafuse_runtime {
     lorafuse::Runtime runtime;
-    std::vector<std::string> tasks;
-    std::map<std::string, std::vector<std::string>> parts;  // the roles, by task
+    Kept kept;
+};
+
+struct lorafuse_use {
+    lorafuse::Task task;
 };
 
 struct lorafuse_outputs {
@@ -56,8 +75,12 @@ lorafuse::Options options_of(const lorafuse_options* options) {
     }
     const auto mode = options->mode == LORAFUSE_RESIDENT ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
     const auto backend = static_cast<lorafuse::Backend>(options->backend);
-    return {mode, backend, options->threads, options->memory,
-            options->onnxruntime == nullptr ? "" : options->onnxruntime};
+    return {mode,
+            backend,
+            options->threads,
+            options->memory,
+            options->onnxruntime == nullptr ? "" : options->onnxruntime,
+            options->digest == nullptr ? "" : options->digest};
 }
 
 lorafuse::Inputs inputs_of(const lorafuse_tensor* tensors, size_t count) {
@@ -79,12 +102,30 @@ lorafuse::Inputs inputs_of(const lorafuse_tensor* tensors, size_t count) {
     return inputs;
 }
 
-lorafuse_runtime* opened(const char* bundle, const lorafuse_options* options) {
-    lorafuse::Runtime runtime(given(bundle, "the bundle"), options_of(options));
-    std::vector<std::string> tasks = runtime.tasks();
-    std::map<std::string, std::vector<std::string>> parts;
-    for (const std::string& task : tasks) parts[task] = runtime.parts(task);
-    return new lorafuse_runtime{std::move(runtime), std::move(tasks), std::move(parts)};
+// What a pointer stands for, which is nothing until the call is done.
+template <typename T>
+void nothing_in(T** made, const char* what) {
+    *given(made, what) = nullptr;
+}
+
+std::string role_of(const char* part) { return part == nullptr ? "model" : part; }
+
+const char* text_at(lorafuse_runtime& runtime, const std::vector<std::string>& texts, size_t index) {
+    return index < texts.size() ? runtime.kept.text(texts[index]) : nullptr;
+}
+
+lorafuse_port port_of(lorafuse_runtime& runtime, const lorafuse::Port& port) {
+    std::vector<std::int64_t> sizes;
+    std::vector<const char*> axes;
+    for (const auto& size : port.shape) {
+        const auto* axis = std::get_if<std::string>(&size);
+        sizes.push_back(axis == nullptr ? std::get<std::int64_t>(size) : -1);
+        axes.push_back(axis == nullptr ? nullptr : runtime.kept.text(*axis));
+    }
+    const char* name = runtime.kept.text(port.name);
+    const std::lock_guard lock(runtime.kept.mutex);
+    return {name, static_cast<lorafuse_dtype>(port.dtype), runtime.kept.sizes.insert(sizes).first->data(),
+            runtime.kept.axes.insert(axes).first->data(), sizes.size()};
 }
 
 }  // namespace
@@ -93,39 +134,98 @@ const char* lorafuse_error(void) { return last_error.c_str(); }
 
 int lorafuse_open(const char* bundle, const lorafuse_options* options, lorafuse_runtime** runtime) {
     return guarded([&] {
-        given(runtime, "where the runtime goes");
-        *runtime = opened(bundle, options);
+        nothing_in(runtime, "where the runtime goes");
+        *runtime = new lorafuse_runtime{lorafuse::Runtime(given(bundle, "the bundle"), options_of(options)), {}};
     });
 }
 
 void lorafuse_close(lorafuse_runtime* runtime) { delete runtime; }
 
-const char* lorafuse_task(const lorafuse_runtime* runtime, size_t index) {
-    return runtime != nullptr && index < runtime->tasks.size() ? runtime->tasks[index].c_str() : nullptr;
+const char* lorafuse_digest(lorafuse_runtime* runtime) {
+    const char* digest = nullptr;
+    guarded([&] {
+        lorafuse_runtime& of = *given(runtime, "the runtime");
+        digest = of.kept.text(of.runtime.digest());
+    });
+    return digest;
 }
 
-const char* lorafuse_label(const lorafuse_runtime* runtime, const char* task, size_t index) {
+int lorafuse_reload(lorafuse_runtime* runtime, const char* digest) {
+    return guarded([&] { given(runtime, "the runtime")->runtime.reload(digest == nullptr ? "" : digest); });
+}
+
+int lorafuse_preload(lorafuse_runtime* runtime, const char* task) {
+    return guarded([&] { given(runtime, "the runtime")->runtime.preload(given(task, "the task")); });
+}
+
+int lorafuse_evict(lorafuse_runtime* runtime, const char* task) {
+    return guarded([&] { given(runtime, "the runtime")->runtime.evict(given(task, "the task")); });
+}
+
+const char* lorafuse_task(lorafuse_runtime* runtime, size_t index) {
+    const char* name = nullptr;
+    guarded([&] {
+        lorafuse_runtime& of = *given(runtime, "the runtime");
+        name = text_at(of, of.runtime.tasks(), index);
+    });
+    return name;
+}
+
+const char* lorafuse_label(lorafuse_runtime* runtime, const char* task, size_t index) {
     const char* label = nullptr;
     guarded([&] {
-        const std::vector<std::string>& labels = given(runtime, "the runtime")->runtime.labels(given(task, "the task"));
-        if (index < labels.size()) label = labels[index].c_str();
+        lorafuse_runtime& of = *given(runtime, "the runtime");
+        label = text_at(of, of.runtime.labels(given(task, "the task")), index);
     });
     return label;
 }
 
-const char* lorafuse_part(const lorafuse_runtime* runtime, const char* task, size_t index) {
-    if (runtime == nullptr || task == nullptr) return nullptr;
-    const auto found = runtime->parts.find(task);
-    return found != runtime->parts.end() && index < found->second.size() ? found->second[index].c_str() : nullptr;
+lorafuse_port lorafuse_input(lorafuse_runtime* runtime, const char* task, const char* part, size_t index) {
+    lorafuse_port port{nullptr, LORAFUSE_FLOAT32, nullptr, nullptr, 0};
+    guarded([&] {
+        lorafuse::Runtime& opened = given(runtime, "the runtime")->runtime;
+        const std::vector<lorafuse::Port> ports = opened.inputs(given(task, "the task"), role_of(part));
+        if (index < ports.size()) port = port_of(*runtime, ports[index]);
+    });
+    return port;
 }
+
+const char* lorafuse_part(lorafuse_runtime* runtime, const char* task, size_t index) {
+    const char* role = nullptr;
+    guarded([&] {
+        lorafuse_runtime& of = *given(runtime, "the runtime");
+        role = text_at(of, of.runtime.parts(given(task, "the task")), index);
+    });
+    return role;
+}
+
+int lorafuse_begin(lorafuse_runtime* runtime, const char* task, int adapted, lorafuse_use** use) {
+    return guarded([&] {
+        nothing_in(use, "where the use goes");
+        lorafuse::Runtime& opened = given(runtime, "the runtime")->runtime;
+        *use = new lorafuse_use{opened.use(given(task, "the task"), adapted != 0)};
+    });
+}
+
+int lorafuse_run_use(const lorafuse_use* use, const char* part, const lorafuse_tensor* inputs, size_t count,
+                     lorafuse_outputs** outputs) {
+    return guarded([&] {
+        nothing_in(outputs, "where the outputs go");
+        const lorafuse::Task& task = given(use, "the use")->task;
+        lorafuse::Outputs found = task.run(inputs_of(inputs, count), role_of(part));
+        *outputs = new lorafuse_outputs{{found.begin(), found.end()}};
+    });
+}
+
+void lorafuse_end(lorafuse_use* use) { delete use; }
 
 int lorafuse_run_part(lorafuse_runtime* runtime, const char* task, const char* part, int adapted,
                       const lorafuse_tensor* inputs, size_t count, lorafuse_outputs** outputs) {
     return guarded([&] {
-        given(outputs, "where the outputs go");
+        nothing_in(outputs, "where the outputs go");
         lorafuse::Runtime& opened = given(runtime, "the runtime")->runtime;
-        const std::string role = part == nullptr ? "model" : part;
-        lorafuse::Outputs found = opened.run(given(task, "the task"), inputs_of(inputs, count), adapted != 0, role);
+        const char* name = given(task, "the task");
+        lorafuse::Outputs found = opened.run(name, inputs_of(inputs, count), adapted != 0, role_of(part));
         *outputs = new lorafuse_outputs{{found.begin(), found.end()}};
     });
 }

@@ -119,6 +119,8 @@ JsonReader JsonReader::at(const char* field) const& {
     return {*found, this, field};
 }
 
+std::string JsonReader::canonical() const { return value_.dump(); }
+
 bool JsonReader::is_null() const { return value_.is_null(); }
 
 bool JsonReader::is_text() const { return value_.is_string(); }

@@ -30,6 +30,9 @@ public:
     JsonReader at(const char* field) const&;
     JsonReader at(const char* field) const&& = delete;  // would name a place by a reader that is gone
 
+    // The value as JSON, always the same text for the same value.
+    std::string canonical() const;
+
     bool is_null() const;
     bool is_text() const;
 

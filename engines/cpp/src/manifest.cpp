@@ -1,11 +1,15 @@
 #include "manifest.hpp"
 
+#include <algorithm>
+#include <cerrno>
+#include <string_view>
 #include <system_error>
 
 #include "json_reader.hpp"
 #include "manifest_checks.hpp"
 #include "mapped_file.hpp"
 #include "printable.hpp"
+#include "sha256.hpp"
 
 namespace lorafuse {
 namespace {
@@ -94,6 +98,8 @@ Engines engines_of(const JsonReader& owner, Files& files) {
     return engines;
 }
 
+std::string versioned(const std::string& said) { return sha256(said.data(), said.size()); }
+
 Head head_of(const JsonReader& json) {
     json.check_fields({"task_type", "outputs"}, {"tied"});
     if (json.has("tied")) json.at("tied").boolean();
@@ -107,7 +113,8 @@ Graph graph_of(const JsonReader& json, Files& files) {
                 ports_of(json.at("inputs")),
                 ports_of(json.at("outputs")),
                 {},
-                {}};
+                {},
+                versioned(json.canonical())};
     json.at("weights").each(
         [&](const std::string& name, const JsonReader& weight) { graph.weights.emplace(name, weight_of(weight)); });
     graph.engines = engines_of(json, files);
@@ -124,7 +131,7 @@ PartRecord part_of(const JsonReader& json, Files& files) {
 
 TaskRecord task_of(const std::string& name, const JsonReader& json, Files& files) {
     json.check_fields({"parts", "store", "adapter", "adapter_sha256", "labels"});
-    TaskRecord task{name, {}, false, json.at("adapter_sha256").text(), texts_of(json.at("labels"))};
+    TaskRecord task{name, {}, false, json.at("adapter_sha256").text(), texts_of(json.at("labels")), json.canonical()};
     json.at("parts").each(
         [&](const std::string& role, const JsonReader& part) { task.parts.emplace(role, part_of(part, files)); });
     const bool has_adapter = !files_of(json.at("adapter"), files).empty();
@@ -136,12 +143,20 @@ void read_base(const JsonReader& json, Files& files, Manifest& manifest) {
     json.check_fields({"sha256", "precision", "longest", "vocabulary", "weights", "files"}, {"tied", "structure"});
     manifest.base_sha256 = json.at("sha256").text();
     manifest.longest = json.at("longest").number();
-    json.at("vocabulary").number();
+    manifest.vocabulary = json.at("vocabulary").number();
+    manifest.base_version = versioned(json.canonical());
     manifest.precision = json.at("precision").one_of({"float32", "float16", "bfloat16"});
     files_of(json.at("files"), files);
     manifest.base_weights = files_of(json.at("weights"), files);
     file_if_any(json, "structure", files);
     if (json.has("tied")) json.at("tied").each([](const JsonReader& group) { texts_of(group); });
+}
+
+// A task is the same before and after a change that left alone what the manifest says of it, its graphs and the base.
+void set_version(TaskRecord& task, const Manifest& manifest) {
+    std::string said = task.version + manifest.base_version;
+    for (const auto& [_, part] : task.parts) said += manifest.graphs.at(part.graph).version;
+    task.version = versioned(said);
 }
 
 Manifest manifest_of(const JsonReader& json, Files& files) {
@@ -161,6 +176,53 @@ Manifest manifest_of(const JsonReader& json, Files& files) {
     return manifest;
 }
 
+constexpr std::string_view kAlgorithm = "sha256:";
+
+bool is_digest(const std::string& text) {
+    const auto is_hex = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
+    return text.size() == kAlgorithm.size() + 64 && text.compare(0, kAlgorithm.size(), kAlgorithm) == 0 &&
+           std::all_of(text.begin() + kAlgorithm.size(), text.end(), is_hex);
+}
+
+// What a bundle is pinned by, as registries write digests.
+std::string digest_of(const std::string& content) {
+    return std::string(kAlgorithm) + sha256(content.data(), content.size());
+}
+
+std::string manifest_bytes(const fs::path& bundle) {
+    try {
+        const MappedFile file(OpenedFile(bundle, kManifest));
+        return {reinterpret_cast<const char*>(file.data()), file.size()};
+    } catch (const std::system_error& error) {
+        switch (error.code().value()) {
+            case ENOENT:
+            case ENOTDIR:
+                throw Error(bundle.string() + ": not a bundle (no " + kManifest +
+                            "); create one with 'lorafuse export'");
+            case ELOOP:
+                throw Error(tidy(bundle / kManifest).string() +
+                            ": a link, which may lead out of the bundle; refusing to follow it");
+            default:
+                throw Error(bundle.string() + ": can't be read (" + error.code().message() +
+                            "); export the tasks again");
+        }
+    }
+}
+
+std::string pinned_bytes(const fs::path& bundle, const std::string& digest) {
+    if (!digest.empty() && !is_digest(digest)) {
+        throw Error(bundle.string() + ": " + in_quotes(digest) +
+                    " is no digest; expected sha256: and 64 hexadecimal digits, as 'lorafuse bundle ls' prints");
+    }
+    std::string content = manifest_bytes(bundle);
+    const std::string found = digest_of(content);
+    if (!digest.empty() && digest != found) {
+        throw Error(bundle.string() + ": the bundle is " + found + ", but " + digest +
+                    " was asked for; fetch that one, or ask for this");
+    }
+    return content;
+}
+
 }  // namespace
 
 std::string key_of(const std::string& name, const WeightRecord& weight) {
@@ -170,27 +232,22 @@ std::string key_of(const std::string& name, const WeightRecord& weight) {
     return name + "@" + axes;
 }
 
-Manifest read_manifest(const fs::path& bundle) {
+Manifest read_manifest(const fs::path& bundle, const std::string& digest) {
     const fs::path path = tidy(bundle / kManifest);
-    std::error_code unread;
-    if (!fs::is_regular_file(path, unread)) {
-        throw Error(bundle.string() + ": not a bundle (no " + kManifest + "); create one with 'lorafuse export'");
-    }
+    const std::string content = pinned_bytes(bundle, digest);
     try {
-        const MappedFile file(path);
-        const JsonDocument document({reinterpret_cast<const char*>(file.data()), file.size()});
+        const JsonDocument document(content);
         const JsonReader json = document.root();
         check_schema(path, json.at("schema").number());
         Files files;
         Manifest manifest = manifest_of(json, files);
         check_manifest(path, manifest);
         check_paths(path, files);
+        for (auto& [_, task] : manifest.tasks) set_version(task, manifest);
+        manifest.digest = digest_of(content);
         return manifest;
     } catch (const JsonError& error) {
         throw Error(path.string() + ": not a bundle's manifest (" + printable(error.what()) +
-                    "); export the tasks again");
-    } catch (const std::system_error& error) {
-        throw Error(path.string() + ": not a bundle's manifest (" + error.code().message() +
                     "); export the tasks again");
     }
 }

@@ -62,6 +62,7 @@ struct Graph {
     std::vector<PortRecord> inputs, outputs;
     std::map<std::string, WeightRecord> weights;  // by the parameter's name
     Engines engines;                              // of the unadapted graph
+    std::string version;                          // SHA-256 of all that the manifest says of it
 };
 
 // What a task has of a part of the model.
@@ -78,18 +79,21 @@ struct TaskRecord {
     bool factors;                             // merged when it is loaded
     std::string adapter_sha256;
     std::vector<std::string> labels;
+    std::string version;  // SHA-256 of all that the manifest says of it, its graphs and the base
 };
 
 struct Manifest {
+    std::string digest;                  // "sha256:…" of its file
     std::string base_sha256, precision;  // of the checkpoint, and what the graphs compute in
-    std::int64_t longest;                // sequence that the base takes, in tokens
+    std::string base_version;            // SHA-256 of all that it says of the base
+    std::int64_t longest, vocabulary;    // the tokens that the base takes in a row, and knows; 0: no limit
     std::vector<File> base_weights;
     std::map<std::string, Graph> graphs;
     std::map<std::string, TaskRecord> tasks;
 };
 
-// The manifest of the bundle in `bundle`. Throws Error when it is none, is damaged, is of another schema or leads out
-// of the bundle.
-Manifest read_manifest(const std::filesystem::path& bundle);
+// The manifest of the bundle in `bundle`. Throws Error when it is none, is damaged, is of another schema, leads out of
+// the bundle, or has another digest than `digest`, where that is not empty.
+Manifest read_manifest(const std::filesystem::path& bundle, const std::string& digest);
 
 }  // namespace lorafuse

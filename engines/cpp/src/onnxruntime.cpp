@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <cstdio>
+#include <limits>
 #include <optional>
 
 #include "dtype.hpp"
@@ -10,12 +12,23 @@ namespace lorafuse {
 namespace {
 
 // https://github.com/microsoft/onnxruntime/blob/main/include/onnxruntime/core/session/onnxruntime_session_options_config_keys.h
-constexpr const char* kDataFolder = "session.model_external_initializers_file_folder_path";
+constexpr const char* kFormat = "session.load_model_format";  // else the bytes choose, and may be ONNX Runtime's own
+constexpr const char* kDirectly =                             // no copies; not known to earlier versions
+    "session.use_external_initializer_file_buffers_directly";
 constexpr const char* kSpinning = "session.intra_op.allow_spinning";
 
 template <typename T>
 Handle<T> owned(T* value, void (*release)(T*)) {
     return Handle<T>(value, release);
+}
+
+constexpr unsigned kOldest = 24;  // of ONNX Runtime 1.x, as in engines/backends/onnxruntime.py
+
+// Of "1.24.0"; of a later major version, more than any.
+unsigned minor_of(const char* version) {
+    unsigned major = 0, minor = 0;
+    if (std::sscanf(version, "%u.%u", &major, &minor) != 2 || major == 0) return 0;
+    return major > 1 ? std::numeric_limits<unsigned>::max() : minor;
 }
 
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
@@ -33,8 +46,11 @@ Environment::Environment(const std::string& library) {
         throw Error(library +
                     ": not ONNX Runtime (it has no OrtGetApiBase); give its library's path as Options::onnxruntime");
     version_ = entry()->GetVersionString();
+    if (minor_of(version_) < kOldest) {
+        throw Error(library + ": ONNX Runtime " + version_ + " is too old; expected 1." + std::to_string(kOldest) +
+                    " or newer");
+    }
     api_ = entry()->GetApi(kApiVersion);
-    if (api_ == nullptr) throw Error(library + ": ONNX Runtime " + version_ + " is too old; expected 1.12 or newer");
     OrtEnv* env = nullptr;
     check(api_->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "lorafuse", &env));
     env_ = owned(env, api_->ReleaseEnv);
@@ -71,7 +87,7 @@ Bound::Bound(const Environment& environment, const Tensors& tensors) {
 }
 
 Session::Session(std::shared_ptr<const Environment> environment, const Model& model, int threads)
-    : environment_(std::move(environment)) {
+    : environment_(std::move(environment)), files_(model.files) {
     try {
         open(model, threads, model.shared);
         return;
@@ -86,30 +102,52 @@ Session::Session(std::shared_ptr<const Environment> environment, const Model& mo
     }
 }
 
-void Session::open(const Model& model, int threads, const Tensors& shared) {
+// Hand over the tensors. What is shared is given by its name alone, to be prepacked for all sessions; the files are
+// there for optimizers, which would otherwise open what the graph names.
+void Session::give(OrtSessionOptions* options, const Model& model, const std::set<std::string>& shared) {
+    const OrtApi& api = environment_->api();
+    std::vector<const char*> names;
+    std::vector<const OrtValue*> values;
+    for (const auto& [name, tensor] : model.weights) {
+        const OrtValue* value = initializers_.emplace_back(environment_->value_of(tensor)).get();
+        if (shared.count(name) != 0) {
+            environment_->check(api.AddInitializer(options, name.c_str(), value));
+            continue;
+        }
+        names.push_back(name.c_str());
+        values.push_back(value);
+    }
+    if (!names.empty())
+        environment_->check(api.AddExternalInitializers(options, names.data(), values.data(), names.size()));
+    std::vector<std::string> files;
+    std::vector<char*> contents;
+    std::vector<std::size_t> sizes;
+    for (const auto& file : model.files) {
+        if (file->content().size() == 0) continue;
+        files.push_back(file->path().filename().string());
+        contents.push_back(const_cast<char*>(reinterpret_cast<const char*>(file->content().data())));
+        sizes.push_back(file->content().size());
+    }
+    std::vector<const char*> places;
+    for (const std::string& file : files) places.push_back(file.c_str());
+    environment_->check(api.AddExternalInitializersFromFilesInMemory(options, places.data(), contents.data(),
+                                                                     sizes.data(), places.size()));
+}
+
+void Session::open(const Model& model, int threads, const std::set<std::string>& shared) {
     const OrtApi& api = environment_->api();
     const auto check = [&](OrtStatus* status) { environment_->check(status); };
     OrtSessionOptions* options = nullptr;
     check(api.CreateSessionOptions(&options));
     const auto released = owned(options, api.ReleaseSessionOptions);
     check(api.SetSessionLogSeverityLevel(options, ORT_LOGGING_LEVEL_FATAL));
-    check(api.AddSessionConfigEntry(options, kDataFolder, model.folder.c_str()));
+    check(api.AddSessionConfigEntry(options, kFormat, "ONNX"));
+    check(api.AddSessionConfigEntry(options, kDirectly, "1"));
     if (threads > 0) {
         check(api.SetIntraOpNumThreads(options, threads));
         check(api.AddSessionConfigEntry(options, kSpinning, "0"));
     }
-    for (const auto& [name, tensor] : shared) {
-        initializers_.push_back(environment_->value_of(tensor));
-        check(api.AddInitializer(options, name.c_str(), initializers_.back().get()));
-    }
-    std::vector<const char*> names;
-    std::vector<const OrtValue*> values;
-    for (const auto& [name, tensor] : model.replaced) {
-        initializers_.push_back(environment_->value_of(tensor));
-        names.push_back(name.c_str());
-        values.push_back(initializers_.back().get());
-    }
-    if (!names.empty()) check(api.AddExternalInitializers(options, names.data(), values.data(), names.size()));
+    give(options, model, shared);
     OrtSession* session = nullptr;
     check(api.CreateSessionFromArrayWithPrepackedWeightsContainer(
         environment_->env(), model.graph.data(), model.graph.size(), options, environment_->prepacked(), &session));

@@ -4,10 +4,12 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "inputs.hpp"
+#include "linked.hpp"
 #include "lorafuse/runtime.hpp"
 #include "onnxruntime_api.hpp"
 
@@ -15,8 +17,6 @@ namespace lorafuse {
 
 template <typename T>
 using Handle = std::unique_ptr<T, void (*)(T*)>;
-
-using Tensors = std::map<std::string, TensorView>;
 
 // The library and what all sessions share. Values and sessions keep it alive.
 class Environment {
@@ -45,12 +45,13 @@ private:
     OrtAllocator* allocator_ = nullptr;  // ONNX Runtime's own
 };
 
-// What a session is made of. The tensors must stay where they are for as long as it lives.
+// What a session is made of: all of it is in memory, and no file is opened for it.
 struct Model {
-    std::string graph;  // serialized ONNX, whose weights are external data in `folder`
-    std::filesystem::path folder;
-    Tensors shared;    // weights whose values are the files': mapped by all sessions, prepacked once
-    Tensors replaced;  // weights that have other values than the files say
+    std::string graph;             // serialized ONNX
+    std::filesystem::path folder;  // for messages
+    Tensors weights;               // of every initializer whose values the graph does not hold
+    std::set<std::string> shared;  // of these, what all sessions have in common: prepacked once
+    TensorFiles files;             // where the weights lie: the session keeps them mapped
 };
 
 // Tensors that go into every run of a task, by name.
@@ -78,13 +79,15 @@ public:
     OrtSession* handle() const { return session_.get(); }
 
 private:
-    void open(const Model& model, int threads, const Tensors& shared);
+    void give(OrtSessionOptions* options, const Model& model, const std::set<std::string>& shared);
+    void open(const Model& model, int threads, const std::set<std::string>& shared);
     void read_ports();
     Takes taken_at(std::size_t index) const;
     TensorView described_by(const OrtTensorTypeAndShapeInfo* info) const;  // dtype and shape
     Tensor tensor_of(Handle<OrtValue> value) const;
 
     std::shared_ptr<const Environment> environment_;
+    TensorFiles files_;
     std::vector<Handle<OrtValue>> initializers_;  // the session reads them where they are
     Handle<OrtSession> session_{nullptr, nullptr};
     std::map<std::string, Takes> inputs_;

@@ -12,7 +12,7 @@
 #include <cstdint>
 
 namespace lorafuse {
-constexpr std::uint32_t kApiVersion = 12;  // the first that has all that is called
+constexpr std::uint32_t kApiVersion = 18;  // the first that has all that is called
 }
 
 #else
@@ -103,6 +103,9 @@ struct OrtApi {
     void* unused_170[40];
     OrtStatus* (*AddExternalInitializers)(OrtSessionOptions*, const char* const*, const OrtValue* const*,
                                           std::size_t) noexcept;
+    void* unused_211[68];
+    OrtStatus* (*AddExternalInitializersFromFilesInMemory)(OrtSessionOptions*, const char* const*, char* const*,
+                                                           const std::size_t*, std::size_t) noexcept;
 };
 
 struct OrtApiBase {
@@ -114,7 +117,7 @@ struct OrtApiBase {
 
 namespace lorafuse {
 
-constexpr std::uint32_t kApiVersion = 12;  // the first that has all that is called
+constexpr std::uint32_t kApiVersion = 18;  // the first that has all that is called
 
 #define LORAFUSE_AT(entry, slot) static_assert(offsetof(OrtApi, entry) == (slot) * sizeof(void*))
 LORAFUSE_AT(GetErrorMessage, 2);
@@ -140,6 +143,7 @@ LORAFUSE_AT(AddInitializer, 150);
 LORAFUSE_AT(CreatePrepackedWeightsContainer, 166);
 LORAFUSE_AT(CreateSessionFromArrayWithPrepackedWeightsContainer, 169);
 LORAFUSE_AT(AddExternalInitializers, 210);
+LORAFUSE_AT(AddExternalInitializersFromFilesInMemory, 279);
 #undef LORAFUSE_AT
 
 }  // namespace lorafuse

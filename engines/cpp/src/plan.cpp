@@ -96,7 +96,7 @@ std::uint64_t plan_size(const Bundle& bundle, const TaskPart& part, bool adapted
     return engine.file ? static_cast<std::uint64_t>(engine.file->size) : 0;
 }
 
-std::filesystem::path plan_of(const Bundle& bundle, const TaskPart& part, bool adapted, const Library& library) {
+PlanFile plan_of(const Bundle& bundle, const TaskPart& part, bool adapted, const Library& library) {
     const Wanted wanted{bundle, part, adapted, library.backend};
     const EngineRecord& engine = engine_here(wanted, library);
     if (engine.mode == "stripped")
@@ -106,7 +106,7 @@ std::filesystem::path plan_of(const Bundle& bundle, const TaskPart& part, bool a
         throw wanted.unusable("it was built from an earlier export of the task", engine.mode);
     if (!adapted && !same_weights) throw wanted.unusable("it was built from another base", engine.mode);
     if (!engine.file) throw wanted.unusable("the manifest names no plan", engine.mode);
-    std::filesystem::path plan = bundle.checked(*engine.file);
+    PlanFile plan{bundle.files()->path_of(*engine.file), bundle.files()->mapped(*engine.file)};
     if (!is_version(engine.version, library.version)) {
         throw wanted.unusable("it was built by version " + engine.version + ", and this is " + library.version,
                               engine.mode);

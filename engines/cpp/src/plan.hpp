@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "bundle.hpp"
@@ -29,7 +30,13 @@ bool runs_on(const std::string& target, int major, int minor);
 // there is none.
 std::uint64_t plan_size(const Bundle& bundle, const TaskPart& part, bool adapted, const Library& library);
 
-// The plan's path. Throws Error when it is damaged, of an earlier export, of another version, or for another device.
-std::filesystem::path plan_of(const Bundle& bundle, const TaskPart& part, bool adapted, const Library& library);
+// A plan, mapped after its hash was compared.
+struct PlanFile {
+    std::filesystem::path path;
+    std::shared_ptr<const MappedFile> content;
+};
+
+// The part's plan. Throws Error when it is damaged, of an earlier export, of another version, or for another device.
+PlanFile plan_of(const Bundle& bundle, const TaskPart& part, bool adapted, const Library& library);
 
 }  // namespace lorafuse

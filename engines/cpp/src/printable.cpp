@@ -26,13 +26,32 @@ bool is_hidden(std::uint32_t character) {
                        [&](const Range& range) { return character >= range.first && character <= range.last; });
 }
 
-// The character at the front of valid UTF-8, and how many bytes it takes.
+constexpr std::uint32_t kUndecoded = 0xdc00;  // and the byte: what Python's surrogateescape has for a stray one
+
+bool is_stray(std::uint32_t character) { return character >= kUndecoded && character <= kUndecoded + 0xff; }
+
+// The character at the front, and how many bytes it takes; of a byte that begins no character, a stray one.
 std::uint32_t front(std::string_view text, std::size_t& bytes) {
+    constexpr std::uint32_t kSmallest[] = {0, 0, 0x80, 0x800, 0x10000};
     const auto lead = static_cast<unsigned char>(text[0]);
-    bytes = lead < 0x80 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
-    bytes = std::min(bytes, text.size());
-    std::uint32_t character = bytes == 1 ? lead : lead & (0xffu >> (bytes + 1));
-    for (std::size_t i = 1; i < bytes; ++i) character = character << 6 | (static_cast<unsigned char>(text[i]) & 0x3fu);
+    const std::size_t length = lead < 0x80   ? 1
+                               : lead < 0xc0 ? 0
+                               : lead < 0xe0 ? 2
+                               : lead < 0xf0 ? 3
+                               : lead < 0xf8 ? 4
+                                             : 0;
+    bytes = 1;
+    if (length == 1) return lead;
+    if (length == 0 || length > text.size()) return kUndecoded + lead;
+    std::uint32_t character = lead & (0xffu >> (length + 1));
+    for (std::size_t i = 1; i < length; ++i) {
+        const auto next = static_cast<unsigned char>(text[i]);
+        if ((next & 0xc0u) != 0x80u) return kUndecoded + lead;
+        character = character << 6 | (next & 0x3fu);
+    }
+    const bool is_surrogate = character >= 0xd800 && character <= 0xdfff;
+    if (character < kSmallest[length] || character > 0x10ffff || is_surrogate) return kUndecoded + lead;
+    bytes = length;
     return character;
 }
 
@@ -53,6 +72,13 @@ std::string escaped(std::uint32_t character) {
 }
 
 }  // namespace
+
+bool is_utf8(std::string_view text) {
+    for (std::size_t bytes = 0; !text.empty(); text.remove_prefix(bytes)) {
+        if (is_stray(front(text, bytes))) return false;
+    }
+    return true;
+}
 
 bool is_printable(std::string_view text) { return printable(text) == text; }
 

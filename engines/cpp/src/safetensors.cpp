@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <optional>
 #include <string_view>
-#include <system_error>
 #include <tuple>
+#include <utility>
 
 #include "dtype.hpp"
 #include "json_reader.hpp"
@@ -14,6 +14,7 @@ namespace lorafuse {
 namespace {
 
 constexpr std::uint64_t kLongestHeader = 100'000'000;  // the format's own limit
+constexpr std::size_t kDimensions = 32;                // of a tensor, as Python's reader
 
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& reason) {
     throw Error(path.string() + ": not a whole safetensors file (" + reason + "); fetch or save it again");
@@ -35,9 +36,11 @@ std::vector<std::int64_t> counts_of(const JsonReader& json) {
 }
 
 Entry entry_of(const std::filesystem::path& path, const std::string& name, const JsonReader& described) {
+    described.check_fields({"dtype", "shape", "data_offsets"});
     const std::string code = described.at("dtype").text();
     std::vector<std::int64_t> shape = counts_of(described.at("shape"));
     const std::vector<std::int64_t> offsets = counts_of(described.at("data_offsets"));
+    if (shape.size() > kDimensions) throw JsonError("more than 32 dimensions of " + in_quotes(name));
     if (offsets.size() != 2) throw JsonError("expected 2 offsets of " + in_quotes(name));
     const std::optional<DType> dtype = dtype_in_safetensors(code);
     if (!dtype) {
@@ -78,24 +81,29 @@ void check_coverage(const std::filesystem::path& path, std::vector<Entry>& entri
 
 }  // namespace
 
-TensorFile::TensorFile(const std::filesystem::path& path) try : file_(path) {
+TensorFile::TensorFile(std::filesystem::path path, std::shared_ptr<const MappedFile> file)
+    : path_(std::move(path)), file_(std::move(file)) {
+    try {
+        read();
+    } catch (const JsonError& error) {
+        refuse(path_, "in its header: " + printable(error.what()));
+    }
+}
+
+void TensorFile::read() {
     std::uint64_t data_start = 0;
-    const JsonDocument header(header_of(path, file_, data_start));
+    const JsonDocument header(header_of(path_, *file_, data_start));
     std::vector<Entry> entries;
     header.root().each([&](const std::string& name, const JsonReader& described) {
-        if (name != "__metadata__") entries.push_back(entry_of(path, name, described));
-        else if (!described.is_null()) described.each([](const std::string&, const JsonReader& text) { text.text(); });
+        if (name != "__metadata__") entries.push_back(entry_of(path_, name, described));
+        else described.each([](const std::string&, const JsonReader& text) { text.text(); });
     });
-    check_coverage(path, entries, file_.size() - data_start);
+    check_coverage(path_, entries, file_->size() - data_start);
     for (Entry& entry : entries) {
-        const std::byte* data = file_.data() + data_start + entry.start;
+        const std::byte* data = file_->data() + data_start + entry.start;
         tensors_[entry.name] = {entry.dtype, std::move(entry.shape), data,
                                 static_cast<std::size_t>(entry.end - entry.start)};
     }
-} catch (const JsonError& error) {
-    refuse(path, "in its header: " + printable(error.what()));
-} catch (const std::system_error& error) {
-    throw Error(path.string() + ": can't be read (" + error.code().message() + "); export the task again");
 }
 
 }  // namespace lorafuse

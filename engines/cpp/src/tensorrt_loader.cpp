@@ -121,9 +121,9 @@ struct Profile {
 
 class Plan : public Loaded {
 public:
-    explicit Plan(const std::filesystem::path& path)
+    explicit Plan(const PlanFile& plan)
         : runtime_(made(nvinfer1::createInferRuntime(the_log()), "no runtime could be made")),
-          engine_(deserialized(path)),
+          engine_(deserialized(plan)),
           context_(made(engine_->createExecutionContext(), "no execution context could be made")) {
         read_ports();
         allocate();
@@ -150,10 +150,9 @@ public:
     }
 
 private:
-    std::unique_ptr<nvinfer1::ICudaEngine> deserialized(const std::filesystem::path& path) {
-        const MappedFile plan(path);
-        return made(runtime_->deserializeCudaEngine(plan.data(), plan.size()),
-                    path.string() + ": the plan was refused");
+    std::unique_ptr<nvinfer1::ICudaEngine> deserialized(const PlanFile& plan) {
+        return made(runtime_->deserializeCudaEngine(plan.content->data(), plan.content->size()),
+                    plan.path.string() + ": the plan was refused");
     }
 
     void read_ports() {
@@ -260,34 +259,32 @@ void unload(const Plan* plan) try {
 
 class TensorRTLoader : public Loader {
 public:
-    explicit TensorRTLoader(const Bundle& bundle) : bundle_(bundle) {}
-
     // The plan has the weights, merged.
     bool takes(const TaskRecord&) const override { return true; }
 
-    std::shared_ptr<const Loaded> load(const TaskPart& part, bool adapted) override {
-        const std::filesystem::path plan = plan_of(bundle_, part, adapted, library());
+    std::shared_ptr<const Loaded> load(const Bundle& bundle, const TaskPart& part, bool adapted) override {
+        const PlanFile plan = plan_of(bundle, part, adapted, library());
         const OnFirstDevice here;
         return {new Plan(plan), unload};
     }
 
-    std::uint64_t cost(const TaskPart& part, bool adapted) const override {
-        return plan_size(bundle_, part, adapted, library());
+    std::uint64_t cost(const Bundle& bundle, const TaskPart& part, bool adapted) const override {
+        return plan_size(bundle, part, adapted, library());
     }
+
+    void reloaded(const Bundle&) override {}  // plans are each a task's own
 
 private:
     static Library library() { return {kBackend, version(), first_device}; }
-
-    const Bundle& bundle_;
 };
 
 }  // namespace
 
-std::unique_ptr<Loader> tensorrt_loader(const Bundle& bundle, const Options& options) {
+std::unique_ptr<Loader> tensorrt_loader(const Options& options) {
     const std::string asked = options.backend == Backend::tensorrt ? "tensorrt" : "tensorrt-rtx";
     if (asked != kBackend) throw Error("this library was built with " + std::string(kBackend) + ", not with " + asked);
     if (options.mode != Mode::dedicated) throw Error("TensorRT's plans are each a task's own; choose Mode::dedicated");
-    return std::make_unique<TensorRTLoader>(bundle);
+    return std::make_unique<TensorRTLoader>();
 }
 
 }  // namespace lorafuse

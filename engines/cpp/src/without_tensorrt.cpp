@@ -3,7 +3,7 @@
 
 namespace lorafuse {
 
-std::unique_ptr<Loader> tensorrt_loader(const Bundle&, const Options&) {
+std::unique_ptr<Loader> tensorrt_loader(const Options&) {
     throw Error("this library was built without TensorRT; build it with TENSORRT_ROOT, as docs/cpp.md says");
 }
 

@@ -11,6 +11,7 @@
 #include "mapped_file.hpp"
 #include "plan.hpp"
 #include "safetensors.hpp"
+#include "served.hpp"
 #include "sha256.hpp"
 
 namespace {
@@ -18,15 +19,20 @@ namespace {
 using lorafuse::Inputs;
 using lorafuse::Outputs;
 
+std::shared_ptr<const lorafuse::MappedFile> mapped(const std::filesystem::path& path) {
+    return std::make_shared<const lorafuse::MappedFile>(lorafuse::OpenedFile(path.parent_path(), path.filename()));
+}
+
 void hash(const std::string& path) {
-    const lorafuse::MappedFile file(path);
+    const auto content = mapped(path);
+    const lorafuse::MappedFile& file = *content;
     std::cout << lorafuse::sha256(file.data(), file.size()) << ' '
               << lorafuse::sha256_portable(file.data(), file.size()) << '\n';
 }
 
 void tensors(const std::string& path) {
     try {
-        const lorafuse::TensorFile file(path);
+        const lorafuse::TensorFile file(path, mapped(path));
         std::cout << "whole";
         for (const auto& [name, tensor] : file.tensors()) {
             std::cout << ' ' << name << ' ' << name_of(tensor.dtype) << ' '
@@ -55,7 +61,7 @@ void plan(const std::string& path, const std::string& task, bool adapted, const 
     const auto device = [&] { return lorafuse::Device{"A GPU", major, minor}; };
     try {
         const lorafuse::TaskPart part = bundle.part(bundle.task(task), "model");
-        std::cout << lorafuse::plan_of(bundle, part, adapted, {"tensorrt-rtx", version, device}).string() << '\n';
+        std::cout << lorafuse::plan_of(bundle, part, adapted, {"tensorrt-rtx", version, device}).path.string() << '\n';
     } catch (const lorafuse::Error& error) {
         std::cout << error.what() << '\n';
     }
@@ -125,6 +131,10 @@ int main(int count, char** values) {
             std::for_each(values + 2, values + count, part->second);
             return 0;
         }
+        if (what == "serve") {
+            serve(std::cin, std::cout);
+            return 0;
+        }
         if (what == "plan" && count == 8) {
             plan(values[2], values[3], std::string(values[4]) == "adapted", values[5], std::stoi(values[6]),
                  std::stoi(values[7]));
@@ -132,7 +142,7 @@ int main(int count, char** values) {
         }
         if (count != 5)
             throw lorafuse::Error(
-                "usage: probe sha256|tensors|bundles PATH ... | threads|outlive BUNDLE MODE BYTES | plan ...");
+                "usage: probe serve | sha256|tensors|bundles PATH ... | threads|outlive BUNDLE MODE BYTES | plan ...");
         lorafuse::Options options;
         options.mode = std::string(values[3]) == "resident" ? lorafuse::Mode::resident : lorafuse::Mode::dedicated;
         options.memory = std::stoull(values[4]);

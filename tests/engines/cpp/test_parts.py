@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from exporter.bundle.manifest import Bundle
 from lora.errors import CheckpointError
+from lora.files.mapped import mapped, opened
 from lora.files.tensorfile import TensorFile
 
 
@@ -76,8 +77,10 @@ def mutated(chance: random.Random, content: bytes) -> bytes:
 
 
 def in_python(path: Path) -> str:
+    with opened(path.parent, path.name) as (descriptor, state):
+        file = mapped(path, descriptor, state)
     try:
-        TensorFile(path)
+        TensorFile(file)
     except CheckpointError as error:
         return f"refused {error}"
     return "whole"
@@ -153,7 +156,7 @@ def test_the_pool_holds_under_threads(tmp_path: Path, built: Built):
         f"-I{source}/include",
         f"-I{source}/src",
         HERE / "pool_stress.cpp",
-        source / "src" / "dtype.cpp",
+        *(source / "src" / name for name in ("dtype.cpp", "error.cpp", "printable.cpp")),
         "-o",
         program,
     )

@@ -26,9 +26,10 @@
 namespace lorafuse {
 
 // What went wrong, in one line: the file, the field or tensor, what was expected, and what to do.
+// Whatever it quotes of a stranger's file is escaped and can't steer a terminal.
 class LORAFUSE_API Error : public std::runtime_error {
 public:
-    using std::runtime_error::runtime_error;
+    explicit Error(const std::string& message);
 };
 
 enum class DType {
@@ -142,16 +143,18 @@ struct Options {
     std::uint64_t memory = 0;
     // ONNX Runtime's library, by name or path; empty: the one that this library was built for.
     std::string onnxruntime;
+    // Pins the bundle to its manifest's SHA-256, "sha256:…" as `lorafuse bundle ls` prints it; empty: any bundle.
+    std::string digest;
 };
 
 class LoadedTask;
 
 // A task that is loaded, with all its parts, and stays so for as long as this object lives, even where the runtime's
-// ends before.
+// ends before. While it lives, it counts as in use by the thread that asked for it.
 class LORAFUSE_API Task {
 public:
-    // The outputs of a part by name; a model of one part needs no word for it. Throws Error when the inputs do not fit,
-    // or there is no such part.
+    // The outputs of a part by name; a model of one part needs no word for it. Throws Error when the inputs do not fit
+    // (names, dtypes and ranks; token ids, masks and lengths beyond what the base takes), or there is no such part.
     Outputs run(const Inputs& inputs, const std::string& part = "model") const;
 
 private:
@@ -162,7 +165,8 @@ private:
     std::shared_ptr<const LoadedTask> loaded_;
 };
 
-// Every method may be called from any thread. A task is loaded when it is first asked for.
+// Every method may be called from any thread. A task is loaded when it is first asked for. A runtime may end while
+// tasks are in use: it never waits for them, and the last of them gives the memory back.
 class LORAFUSE_API Runtime {
 public:
     // Throws Error when there is no bundle, its manifest is damaged, the machine has fewer cores than `threads`, or the
@@ -176,14 +180,30 @@ public:
     std::vector<std::string> tasks() const;
     std::vector<std::string> loaded() const;
 
+    // The manifest's SHA-256, "sha256:…", as it was when the runtime was opened, or reloaded last.
+    std::string digest() const;
+
     // A task's class labels in the order of the outputs (none for a regression); the roles of its parts, which of most
     // models is "model" alone; and what a part's graph takes.
-    const std::vector<std::string>& labels(const std::string& task) const;
+    std::vector<std::string> labels(const std::string& task) const;
     std::vector<std::string> parts(const std::string& task) const;
     std::vector<Port> inputs(const std::string& task, const std::string& part = "model") const;
 
-    // The task, kept loaded. Without `adapted`, the base under the task's head. Where others hold the memory, it waits.
-    // Throws Error when there is no such task, its files are damaged, or the memory can never hold it.
+    // Load the task now, so that its first answer need not wait for it. Throws as `use` does.
+    void preload(const std::string& task);
+
+    // Give the task's memory back: now, or when those who use it are done. Who asks for it later has it loaded again.
+    // Throws Error when there is no such task.
+    void evict(const std::string& task);
+
+    // Take the bundle as it is now. What is in use ends on what it began with, and tasks that are as they were stay
+    // loaded. `digest` pins what is taken, and must be given where Options::digest was. Throws Error, and goes on as
+    // before, when the bundle can't be opened or is another.
+    void reload(const std::string& digest = "");
+
+    // The task, kept loaded. Without `adapted`, the base under the task's head. Where other threads hold the memory, it
+    // waits. Throws Error when there is no such task, its files are damaged or have changed since the manifest was
+    // read, the memory can never hold it, or only this thread's own use could make room.
     Task use(const std::string& task, bool adapted = true);
 
     // The outputs of a part of the task by name. Throws as `use` does, and as the task's `run`.
