@@ -42,7 +42,7 @@ def unmerged_graph(part: TaskPart) -> onnx.ModelProto:
     return graph
 
 
-def _add_branch(graph: onnx.GraphProto, parameter: str, update: Change, number: int) -> None:
+def _add_branch(graph: onnx.GraphProto, parameter: str, update: Change, number: int = 0) -> None:
     """The branch of one update; of several adapters, a weight has several, which are numbered."""
     if not isinstance(update, LowRank) or update.magnitude is not None or update.layout not in ("linear", "transposed"):
         raise ExportError(
