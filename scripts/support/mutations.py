@@ -20,7 +20,7 @@ from scripts.support.resigned import Record, edit_manifest, files_in, manifest_o
 
 STRAY = "stray.safetensors"
 Place = tuple[str | int, ...]
-VALUES = (
+VALUES: tuple[Any, ...] = (
     None,
     True,
     -1,
@@ -70,7 +70,8 @@ def _named(bundle: Path) -> list[str]:
 
 def _poison(bundle: Path) -> bytes:
     """The base, with values of its own."""
-    content = (bundle / manifest_of(bundle)["base"]["weights"][0]["path"]).read_bytes()
+    base: str = manifest_of(bundle)["base"]["weights"][0]["path"]
+    content = (bundle / base).read_bytes()
     size = 8 + int.from_bytes(content[:8], "little")
     return content[:size] + bytes.fromhex("00007a44") * ((len(content) - size) // 4)  # a thousand
 
@@ -125,7 +126,7 @@ def _graph(chance: random.Random, bundle: Path) -> None:
 
 
 def _tensor(chance: random.Random, model: onnx.ModelProto) -> onnx.TensorProto:
-    tensors = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    tensors: list[onnx.TensorProto] = [tensor for tensor in model.graph.initializer if tensor.external_data]
     return chance.choice(tensors)
 
 
