@@ -29,6 +29,7 @@ InTurn = tuple[int, int, Session]  # every how many rounds, which arm, and its s
 # Runs of a fresh session before it is timed; fewer where so many seconds are over, one at least. What is left of
 # warming up falls on all arms of a round alike, and a long run's first is hardly slower than its third.
 WARMUP, WARM_SECONDS = 5, 0.1
+LONG_ROUND = 0.05  # seconds: longer than a scheduler's slices
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,10 @@ def _logs(times: Times) -> Array:
 def take_set(
     arms: Sequence[Arm], work: Work, rounds: int | Callable[[float, float], int], random: np.random.Generator
 ) -> Taken:
-    """One fresh session per arm, opened in shuffled order, warmed up, and timed in rounds of one shuffled order.
+    """One fresh session per arm, opened in shuffled order, warmed up, and timed in rounds of shuffled order.
 
     Which session is opened first shows in its times, for as long as it lives. Turning one order round would leave the
-    same arm at its ends, set after set. All rounds of a set have the same order, so that two arms are always equally
-    far apart: what disturbs runs lasts for some of them, and evenly spaced differences cancel more of it.
+    same arm at its ends, set after set.
     """
     creation = random.permutation(len(arms)).tolist()
     began, opening, warming = time.monotonic(), [0] * len(arms), [[0]] * len(arms)
@@ -178,8 +178,9 @@ def take_set(
             warming[index] = _warm_up(work, sessions[index])
         if not isinstance(rounds, int):
             rounds = rounds(time.monotonic() - began, sum(min(times) for times in warming) / 1e9)
-        order = [(arms[index].every, index, sessions[index]) for index in random.permutation(len(arms)).tolist()]
-        taken = _measure_rounds(order, work, rounds)
+        turns = [(arms[index].every, index, session) for index, session in sessions.items()]
+        is_long = sum(min(times) for times in warming) >= LONG_ROUND * 1e9
+        taken = _measure_rounds(_orders(turns, rounds, is_long, random), work)
     times, cpu = ([[sample and sample[clock] for sample in one] for one in taken] for clock in (0, 1))
     return Taken(times, cpu, opening, [times[0] for times in warming])
 
@@ -191,11 +192,21 @@ def _warm_up(work: Work, session: Session) -> list[int]:
     return times
 
 
-def _measure_rounds(order: Sequence[InTurn], work: Work, rounds: int) -> list[list[Sample | None]]:
+def _orders(turns: list[InTurn], rounds: int, is_long: bool, random: np.random.Generator) -> list[list[InTurn]]:
+    """The order of the arms in each round of a set.
+
+    Long rounds all have the same, so that two arms are always equally far apart: what disturbs runs lasts for some of
+    them, and evenly spaced differences cancel more of it. Short ones would keep step with the scheduler's slices.
+    """
+    drawn = [random.permutation(len(turns)).tolist() for _ in range(1 if is_long else rounds)]
+    return [[turns[place] for place in drawn[number % len(drawn)]] for number in range(rounds)]
+
+
+def _measure_rounds(orders: Sequence[Sequence[InTurn]], work: Work) -> list[list[Sample | None]]:
     """Without the garbage collector, which would take its time from whichever arm it meets."""
     gc.collect()
     with uncollected():
-        return [_measure_round(order, work, number) for number in range(rounds)]
+        return [_measure_round(order, work, number) for number, order in enumerate(orders)]
 
 
 def _measure_round(order: Sequence[InTurn], work: Work, number: int) -> list[Sample | None]:

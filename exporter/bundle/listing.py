@@ -29,7 +29,9 @@ def listing(manifest: Manifest) -> tuple[Listed, ...]:
 
 def base_size(manifest: Manifest) -> int:
     """The bytes that the tasks share."""
-    return sum(file.size for file in (*manifest.base.weights, *manifest.base.files))
+    base = manifest.base
+    structure = () if base.structure is None else (base.structure,)
+    return sum(file.size for file in (*base.weights, *base.files, *structure))
 
 
 def _listed(name: str, task: Task, manifest: Manifest, users: Counter[str]) -> Listed:
