@@ -196,7 +196,7 @@ def _orders(turns: list[InTurn], rounds: int, is_long: bool, random: np.random.G
     """The order of the arms in each round of a set.
 
     Long rounds all have the same, so that two arms are always equally far apart: what disturbs runs lasts for some of
-    them, and evenly spaced differences cancel more of it. Short ones would keep step with the scheduler's slices.
+    them, and evenly spaced differences cancel more of it. Short ones might keep step with the scheduler's slices.
     """
     drawn = [random.permutation(len(turns)).tolist() for _ in range(1 if is_long else rounds)]
     return [[turns[place] for place in drawn[number % len(drawn)]] for number in range(rounds)]
