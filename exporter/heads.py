@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle.records import MODEL, Head
+from exporter.bundle.structure import towers_of_class
 from exporter.bundle.task_types import TASK_TYPES
 from lora.adapter import Adapter, Blend, Replacement, Rows
 from lora.bases.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDING, read_config
@@ -110,7 +111,7 @@ def _towers_of(adapter: Adapter, towers: Mapping[str, tuple[str, ...]]) -> set[s
     Raises ExportError where neither says it: both towers have layers of the same names.
     """
     named = {tower for tower, modules in towers.items() if _changes_any(adapter, modules)}
-    of_class = {tower for tower in towers if f"{tower.capitalize()}Model" in (adapter.model_class or "")}
+    of_class = towers_of_class(adapter.model_class)
     if adapter.changes and not named and not of_class:
         raise ExportError(
             f"{adapter.path}: '{next(_paths(adapter))}' may be of the {' or the '.join(towers)} tower, and the file"

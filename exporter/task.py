@@ -26,7 +26,7 @@ from exporter.bundle.task_types import MODULE, task_type
 from exporter.dense_base import dense_folder, write_dense
 from exporter.heads import embeddings_apart, heads_of
 from exporter.source import Source, checkpoint
-from exporter.writing import Exported, Graphs, TaskDraft, known_structure, stored_values, write_task
+from exporter.writing import Exported, Graphs, TaskDraft, known_structure, stored_values, weights_of, write_task
 from lora.adapter import Adapter
 from lora.bases.opening import Base as Opened
 from lora.bases.opening import open_base
@@ -216,7 +216,7 @@ def _have_values(graphs: Graphs, recipe: Recipe) -> bool:
     A head of the base's own is not in the bundle while all tasks have brought theirs.
     """
     stored = stored_values(graphs)
-    weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
+    weights = weights_of(graphs)
     absent = weights.keys() - stored.keys()
     if not absent:
         return True

@@ -119,9 +119,12 @@ def write_task(
 def stored_values(graphs: Graphs) -> ModelWeights:
     """The base's values for all parts."""
     files = max((graph.weights for graph in graphs.values()), key=len)  # a part that was traced later has more
-    return ModelWeights(
-        files, {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
-    )
+    return ModelWeights(files, weights_of(graphs))
+
+
+def weights_of(graphs: Graphs) -> WeightMap:
+    """The weights of all parts' graphs."""
+    return {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
 
 
 def known_structure(graphs: Graphs) -> BaseStructure | None:
@@ -135,7 +138,7 @@ def _write_changed(stage: Path, draft: TaskDraft, graphs: Graphs) -> tuple[dict[
     Returns the files by the parts' roles, the names of all tensors that change, and of those that no graph reads.
     """
     stored = stored_values(graphs)
-    weights = {name: weight for graph in graphs.values() for name, weight in graph.graph.weights.items()}
+    weights = weights_of(graphs)
     structure = of_graphs(known_structure(graphs), weights, stored)
     targets, source = draft.recipe.targets(stored, structure), draft.recipe.name
     without = unread(structure, targets, weights)

@@ -114,7 +114,6 @@ class OnnxRuntime:
             raise EngineError(
                 f"{model.folder}: ONNX Runtime {self.version()} can't load the model ({_first_line(error)})"
             ) from error
-        session.disable_fallback()
         wanted, used = PROVIDERS[self._runtime].name, session.get_providers()
         if wanted not in used:
             raise EngineError(f"{model.folder}: {wanted} was asked for, but ONNX Runtime uses {', '.join(used)}")

@@ -118,9 +118,9 @@ def given_adapters(
     alpha: float | None,
     component: str | None,
     enable_lora: str | None,
-    rule: RuleChoice = RuleChoice.linear,
-    density: float = 0.5,
-    seed: int = 0,
+    rule: RuleChoice,
+    density: float,
+    seed: int,
 ) -> Adapters:
     """The adapters, how to read them, and how to combine them."""
     from exporter.task import Adapters

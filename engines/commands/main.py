@@ -23,9 +23,7 @@ from lora.errors import LorafuseError
 HELP = """Ship LoRA-tuned models.
 
 Example: lorafuse export MiniLM adapters/movies --task movies --out bundle"""
-app = typer.Typer(
-    name="lorafuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP
-)
+app = typer.Typer(name="lorafuse", add_completion=False, pretty_exceptions_enable=False, help=HELP)
 
 
 def print_version(wanted: bool) -> None:

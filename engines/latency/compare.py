@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from engines.latency.equivalence import Decision, Ratio
+from engines.latency.equivalence import Decision, Ratio, paired_medians
 from engines.latency.report import Load, Point, Report
 from engines.latency.sequential import ERROR
 from lora.errors import LorafuseError
@@ -62,18 +62,14 @@ def _compared(first: Point, second: Point, arm: str, margin: float) -> Compared:
 def _levels(point: Point, arm: str) -> Array:
     """The logarithm of each set's median time."""
     index = _index(point, arm)
-    return np.log([np.nanmedian(one[:, index]) for one in _sets(point)])
+    return np.log([np.nanmedian(one[:, index]) for one in point.samples.times("wall")])
 
 
 def _costs(point: Point, arm: str) -> Array:
     """The median of each set's paired log-ratios to the base."""
     index = _index(point, arm)
-    return np.array([np.nanmedian(np.log(one[:, index] / one[:, 0])) for one in _sets(point)])
-
-
-def _sets(point: Point) -> list[Array]:
-    """Of each set, its times by the wall clock, shape (rounds, arms); NaN where an arm sat a round out."""
-    return [np.array(one, float) for one in point.samples.runs]
+    times = point.samples.times("wall")
+    return paired_medians([one[:, index] for one in times], [one[:, 0] for one in times])
 
 
 def _index(point: Point, arm: str) -> int:

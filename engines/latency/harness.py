@@ -176,11 +176,11 @@ def take_set(
             opening[index] = time.perf_counter_ns() - start
         for index in creation:
             warming[index] = _warm_up(work, sessions[index])
+        quickest = sum(min(times) for times in warming) / 1e9  # seconds of a round
         if not isinstance(rounds, int):
-            rounds = rounds(time.monotonic() - began, sum(min(times) for times in warming) / 1e9)
+            rounds = rounds(time.monotonic() - began, quickest)
         turns = [(arms[index].every, index, session) for index, session in sessions.items()]
-        is_long = sum(min(times) for times in warming) >= LONG_ROUND * 1e9
-        taken = _measure_rounds(_orders(turns, rounds, is_long, random), work)
+        taken = _measure_rounds(_orders(turns, rounds, quickest >= LONG_ROUND, random), work)
     times, cpu = ([[sample and sample[clock] for sample in one] for one in taken] for clock in (0, 1))
     return Taken(times, cpu, opening, [times[0] for times in warming])
 

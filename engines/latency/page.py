@@ -12,7 +12,7 @@ import numpy as np
 
 from engines.latency import words
 from engines.latency.clocks import NAMES, Clock
-from engines.latency.equivalence import Ratio
+from engines.latency.equivalence import Ratio, paired_medians
 from engines.latency.report import Point, Reading, Report
 from engines.latency.verdict import AGAIN, BASE, MERGED, UNMERGED
 from lora.files.tensorfile import Array
@@ -147,8 +147,7 @@ def _charts(point: Point, margin: float) -> Charts:
 
 def _times(point: Point, clock: Clock) -> list[Array]:
     """Of each set, the times in ms by a clock, shape (rounds, arms); NaN where an arm sat a round out."""
-    samples = point.samples
-    return [np.array(one, float) / 1e6 for one in (samples.cpu if clock == "cpu" else samples.runs)]
+    return [one / 1e6 for one in point.samples.times(clock)]
 
 
 def _ruler(ratios: Iterable[Ratio], margin: float) -> Ruler:
@@ -172,7 +171,8 @@ def _times_scale(by_clock: Iterable[list[Array]]) -> Scale:
 def _ratio_row(point: Point, clock: Clock, times: list[Array], index: int, scale: Scale) -> RatioRow:
     reading = point.by(clock)[index]
     ratio = reading.ratio
-    sets = [float(np.exp(np.nanmedian(np.log(one[:, index] / one[:, 0])))) for one in times]
+    medians = paired_medians([one[:, index] for one in times], [one[:, 0] for one in times])
+    sets = [float(np.exp(median)) for median in medians]
     says = (
         f"{reading.arm} by {NAMES[clock]}: {ratio.median:.4f} of the base's time, between {ratio.low:.4f} and"
         f" {ratio.high:.4f}: {reading.decision}"

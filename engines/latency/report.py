@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
 
 from engines.latency.clocks import Clock
 from engines.latency.equivalence import Decision, Ratio
 from lora.errors import LorafuseError
 from lora.files.durable import flush
+from lora.files.tensorfile import Array
 from lora.wording import printable
 
 SCHEMA = 2
@@ -57,6 +59,10 @@ class Samples:
     opening: list[list[Nanoseconds]]
     first: list[list[Nanoseconds]]
     cpu: list[list[list[Nanoseconds | None]]] = field(default_factory=list)
+
+    def times(self, clock: Clock) -> list[Array]:
+        """Of each set, its runs by a clock, shape (rounds, arms); NaN where an arm sat a round out."""
+        return [np.array(one, float) for one in (self.cpu if clock == "cpu" else self.runs)]
 
     @property
     def shape(self) -> str:

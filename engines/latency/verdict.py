@@ -97,7 +97,7 @@ def _clocks(samples: Samples) -> tuple[Clock, ...]:
 
 def _times(samples: Samples, clock: Clock, index: int) -> list[Array]:
     """An arm's times by one clock, in ns: of each set its rounds, NaN where the arm sat one out."""
-    return [np.array(one, float)[:, index] for one in (samples.cpu if clock == "cpu" else samples.runs)]
+    return [one[:, index] for one in samples.times(clock)]
 
 
 def _now(samples: Samples, clock: Clock, index: int, look: Look) -> Ratio:
@@ -106,9 +106,9 @@ def _now(samples: Samples, clock: Clock, index: int, look: Look) -> Ratio:
 
 def _reading(load: Load, name: str, index: int, clock: Clock, samples: Samples, look: Look) -> Reading:
     times, base = _times(samples, clock, index), _times(samples, clock, 0)
-    every, error = np.concatenate(times), look.error
-    every = every[~np.isnan(every)]
-    has_p99 = min(np.count_nonzero(~np.isnan(one)) for one in times) >= ROUNDS_FOR_P99
+    ran, error = [one[~np.isnan(one)] for one in times], look.error
+    every = np.concatenate(ran)
+    has_p99 = min(map(len, ran)) >= ROUNDS_FOR_P99
     ratio, sets = Ratio(1.0, 1.0, 1.0, error), len(times)
     if index:
         ratio, sets = _kept(name, clock, paired_ratio(times, base, error), sets, look)

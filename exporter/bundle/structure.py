@@ -81,18 +81,20 @@ def of_graphs(known: BaseStructure | None, weights: WeightMap, held: Collection[
 
 def of_class(structure: BaseStructure | None, model_class: str | None) -> BaseStructure | None:
     """Of a model of two towers the one whose class an adapter names: the layers of both are called the same."""
-    if structure is None or model_class is None:
+    towers = towers_of_class(model_class)
+    if structure is None or not towers:
         return structure
-    prefixes = [f"{tower}_model." for tower in TOWERS if f"{tower.capitalize()}Model" in model_class]
-    if not prefixes or not any(name.startswith(f"{tower}_model.") for name in structure.parameters for tower in TOWERS):
-        return structure
-    (prefix,) = prefixes
-    others = [f"{tower}_model." for tower in TOWERS if f"{tower}_model." != prefix]
+    others = tuple(f"{tower}_model." for tower in TOWERS if tower not in towers)
     parameters, aliases = (
-        {name: parameter for name, parameter in names.items() if not name.startswith(tuple(others))}
+        {name: parameter for name, parameter in names.items() if not name.startswith(others)}
         for names in (structure.parameters, structure.aliases)
     )
     return replace(structure, parameters=parameters, aliases=aliases)
+
+
+def towers_of_class(model_class: str | None) -> set[str]:
+    """The towers whose class this is, as CLIPTextModel is the text's; none of any other class."""
+    return {tower for tower in TOWERS if f"{tower.capitalize()}Model" in (model_class or "")}
 
 
 def unread(structure: BaseStructure | None, names: Iterable[str], weights: WeightMap) -> frozenset[str]:
@@ -118,9 +120,9 @@ def staged_structure(stage: Path, current: Bundle | None, found: BaseStructure |
         with suppress(LorafuseError):  # a damaged one is written anew
             known = read_structure(current)
     together = joined(known, found)
-    if held is not None and together == known and together is not None and known is not None:
-        return held
     assert together is not None
+    if together == known:
+        return held
     (stage / "base").mkdir(exist_ok=True)
     path = stage / "base" / "structure.json"
     path.write_bytes(together.to_json())

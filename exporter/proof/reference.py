@@ -69,10 +69,10 @@ def merged_values(part: TaskPart) -> dict[str, Array]:
     return {**part.base, **part.own, **merged_at_load(part)}
 
 
-def torch_runner(part: TaskPart, values: Mapping[str, Array], exact: bool = False) -> Runner:
-    """A runner of the torch model on ``values``, which gives its first output.
+def torch_runner(part: TaskPart, values: Mapping[str, Array]) -> Runner:
+    """A runner of the torch model on ``values`` in the bundle's precision, which gives its first output.
 
-    It computes in the bundle's precision, or in float64 for ``exact``. Raises ExportError as ``of_bundle`` does.
+    Raises ExportError as ``of_bundle`` does.
     """
     import torch
 
@@ -81,8 +81,6 @@ def torch_runner(part: TaskPart, values: Mapping[str, Array], exact: bool = Fals
 
     absent = sorted(part.graph.weights.keys() - values.keys())
     assert not absent, f"no values for weights of the graph: {absent}"
-    if exact:
-        return streamed_runner(part, values.__getitem__)
     model = _model(part)
     held = model.state_dict()
     unknown = sorted(values.keys() - held.keys())

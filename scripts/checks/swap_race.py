@@ -14,13 +14,14 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 from engines.serving.runtime import Mode
 from scripts.support.hand_made_bundle import hand_made_bundle
 from scripts.support.served_by_cpp import ServedByCpp
 from scripts.support.swap_race import RACES, REFUSED, WRONG, opens_in_cpp, opens_in_python, writer
 
-MODES: tuple[Mode, ...] = ("dedicated", "resident")
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def main() -> None:

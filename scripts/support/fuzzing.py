@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-import engines
 from engines.serving.runtime import Mode
-from lora.errors import LorafuseError
 from lora.files.tensorfile import Array
-from scripts.support.hand_made_bundle import TASKS, inputs
+from scripts.support.asked import Answer, asked_in_cpp, asked_in_python
+from scripts.support.hand_made_bundle import TASKS
 from scripts.support.mutations import mutated, without_strays
-from scripts.support.served_by_cpp import RefusedError, ServedByCpp
+from scripts.support.served_by_cpp import ServedByCpp
 
 Outcome = Array | str  # the first output, or what the runtime says of the task
 FACTORS = "stored as factors"  # which the C++ runtime does not merge
@@ -29,42 +28,13 @@ def disagreements(made: Path, seeds: Iterable[int], served: ServedByCpp) -> Iter
         with TemporaryDirectory() as folder:
             bundle = mutated(made, Path(folder), seed)
             mode: Mode = "resident" if seed % 2 else "dedicated"
-            in_cpp = asked_in_cpp(bundle, mode, served)
+            in_cpp = asked_in_cpp(served, bundle, TASKS, mode)
             alone = without_strays(bundle, Path(folder)) if seed % 4 < 2 else bundle
-            in_python = asked_in_python(alone, mode)
+            in_python = asked_in_python(alone, TASKS, mode)
         for task in TASKS:
-            one, other = in_python[task], in_cpp[task]
+            one, other = _first(in_python[task]), _first(in_cpp[task])
             if not (isinstance(other, str) and FACTORS in other) and not alike(one, other):
                 yield f"seed {seed}, {mode}, task {task}: Python {_shown(one)}; C++ {_shown(other)}"
-
-
-def asked_in_python(bundle: Path, mode: Mode) -> dict[str, Outcome]:
-    try:
-        runtime = engines.open(bundle, mode, threads=1)
-    except LorafuseError as error:
-        return dict.fromkeys(TASKS, str(error))
-    found: dict[str, Outcome] = {}
-    with runtime:
-        for task in TASKS:
-            try:
-                found[task] = _first(runtime.run(task, inputs()))
-            except LorafuseError as error:
-                found[task] = str(error)
-    return found
-
-
-def asked_in_cpp(bundle: Path, mode: Mode, served: ServedByCpp) -> dict[str, Outcome]:
-    try:
-        served.open(bundle, mode)
-    except RefusedError as error:
-        return dict.fromkeys(TASKS, str(error))
-    found: dict[str, Outcome] = {}
-    for task in TASKS:
-        try:
-            found[task] = _first(served.run(task, inputs()))
-        except RefusedError as error:
-            found[task] = str(error)
-    return found
 
 
 def alike(one: Outcome, other: Outcome) -> bool:
@@ -75,8 +45,8 @@ def alike(one: Outcome, other: Outcome) -> bool:
     return same
 
 
-def _first(outputs: dict[str, Array]) -> Array:
-    return outputs[min(outputs)]
+def _first(answer: Answer) -> Outcome:
+    return answer if isinstance(answer, str) else answer[min(answer)]
 
 
 def _shown(outcome: Outcome) -> str:

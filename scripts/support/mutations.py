@@ -16,6 +16,7 @@ from typing import Any
 
 import onnx
 
+from scripts.support.hand_made_bundle import TASKS
 from scripts.support.resigned import Record, edit_manifest, files_in, manifest_of, part_of, replace_content, resign
 
 STRAY = "stray.safetensors"
@@ -40,7 +41,6 @@ VALUES: tuple[Any, ...] = (
     {},
     {"a": 1},
 )
-TASKS = ("left", "right", "both", "merged")
 
 
 def mutated(made: Path, folder: Path, seed: int) -> Path:
@@ -119,7 +119,7 @@ def _copied(manifest: Any, place: Place) -> Any:
 
 
 def _graph(chance: random.Random, bundle: Path) -> None:
-    path = part_of(bundle, chance.choice(TASKS))["model"]["path"]
+    path = part_of(bundle, chance.choice(tuple(TASKS)))["model"]["path"]
     model = onnx.load(bundle / path, load_external_data=False)
     chance.choice((_place_tensor, _describe_tensor, _rename_tensor, _rewire))(chance, bundle, model)
     replace_content(bundle, path, model.SerializeToString())
@@ -169,7 +169,7 @@ def _rewire(chance: random.Random, bundle: Path, model: onnx.ModelProto) -> None
 
 
 def _graph_bytes(chance: random.Random, bundle: Path) -> None:
-    path = part_of(bundle, chance.choice(TASKS))["model"]["path"]
+    path = part_of(bundle, chance.choice(tuple(TASKS)))["model"]["path"]
     content = _bytes_changed(chance, (bundle / path).read_bytes())
     replace_content(bundle, path, content)
 
@@ -202,5 +202,5 @@ def _weights(chance: random.Random, bundle: Path) -> None:
 
 
 def _adapter(chance: random.Random, bundle: Path) -> None:
-    path = chance.choice(manifest_of(bundle)["tasks"][chance.choice(TASKS)]["adapter"])["path"]
+    path = chance.choice(manifest_of(bundle)["tasks"][chance.choice(tuple(TASKS))]["adapter"])["path"]
     replace_content(bundle, path, _bytes_changed(chance, (bundle / path).read_bytes()))

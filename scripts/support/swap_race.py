@@ -70,13 +70,13 @@ RACES = {"weights": race_of_weights, "manifests": race_of_manifests}
 def writer(race: Race) -> Iterator[None]:
     """A process that renames, for as long as the block lasts."""
     command: list[str | Path] = [sys.executable, "-m", "scripts.support.renaming", race.target, *race.faces]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert running.stdout is not None
-    running.stdout.readline()  # it has begun
-    yield
-    running.kill()
-    running.wait()
-    running.stdout.close()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.readline()  # it has begun
+        try:
+            yield
+        finally:
+            running.kill()
 
 
 def opens_in_python(race: Race, mode: Mode, count: int) -> dict[str, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,10 @@ import pytest
 from compiled import Built
 
 import engines
-from lora.errors import LorafuseError
 from lora.files.tensorfile import Array
+from scripts.support.asked import Answer, asked_in_cpp, asked_in_python
 from scripts.support.hand_made_bundle import TASKS, hand_made_bundle, inputs
-from scripts.support.served_by_cpp import RefusedError, ServedByCpp
+from scripts.support.served_by_cpp import ServedByCpp
 
 Outcome = Array | str  # the logits, or what the runtime says of the task
 Ask = Callable[[Path, Sequence[str], str], dict[str, Outcome]]
@@ -25,45 +24,14 @@ RUNTIMES = ("python", "c++")
 FACTORS = "is stored as factors, which the Python runtime merges and this one does not"
 
 
-def ask_python(
-    bundle: Path, tasks: Sequence[str], mode: str, given: dict[str, Array] | None = None
-) -> dict[str, Outcome]:
-    """What the Python runtime answers for the tasks, asked in this order; a refusal is one printable line."""
-    try:
-        runtime = engines.open(bundle, mode, threads=1)
-    except LorafuseError as error:
-        return dict.fromkeys(tasks, refusal(error))
-    found: dict[str, Outcome] = {}
-    with runtime:
-        for task in tasks:
-            try:
-                found[task] = runtime.run(task, given or inputs())["logits"]
-            except LorafuseError as error:
-                found[task] = refusal(error)
-    return found
+def logits(found: dict[str, Answer]) -> dict[str, Outcome]:
+    """The answers as the tests hold them; a refusal is one printable line."""
+    return {task: printable(answer) if isinstance(answer, str) else answer["logits"] for task, answer in found.items()}
 
 
-def refusal(error: LorafuseError | RefusedError) -> str:
-    message = str(error)
+def printable(message: str) -> str:
     assert message.isprintable(), ascii(message)
     return message
-
-
-def ask_cpp(
-    cpp: ServedByCpp, bundle: Path, tasks: Sequence[str], mode: str, given: dict[str, Array] | None = None
-) -> dict[str, Outcome]:
-    """The same of the C++ runtime."""
-    try:
-        cpp.open(bundle, mode)
-    except RefusedError as error:
-        return dict.fromkeys(tasks, refusal(error))
-    found: dict[str, Outcome] = {}
-    for task in tasks:
-        try:
-            found[task] = cpp.run(task, given or inputs())["logits"]
-        except RefusedError as error:
-            found[task] = refusal(error)
-    return found
 
 
 @dataclass(frozen=True)
@@ -113,6 +81,11 @@ def bundle(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "bundle"))
 
 
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def good(made: Path) -> dict[str, Array]:
     """What each task answers when it is loaded alone, from the bundle as it was made."""
@@ -136,5 +109,6 @@ def cpp(built: Built) -> Iterator[ServedByCpp]:
 def served(request: pytest.FixtureRequest, good: dict[str, Array]) -> Attacked:
     name, mode = request.param
     if name == "python":
-        return Attacked(ask_python, mode, True, good)
-    return Attacked(partial(ask_cpp, request.getfixturevalue("cpp")), mode, False, good)
+        return Attacked(lambda *asked: logits(asked_in_python(*asked)), mode, True, good)
+    cpp = request.getfixturevalue("cpp")
+    return Attacked(lambda *asked: logits(asked_in_cpp(cpp, *asked)), mode, False, good)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+from replaced import adapter, close_to, replace_left
 
 import engines
 from exporter.bundle.edits import remove_task
@@ -14,26 +14,6 @@ from exporter.task import add_task
 from lora.errors import BundleError
 from lora.files.tensorfile import Array
 from scripts.support.hand_made_bundle import inputs
-
-MODES = ("dedicated", "resident")
-
-
-@pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def adapter(made: Path, task: str) -> Path:
-    return made.parent / f"{made.name}-adapter-{task}"
-
-
-def close_to(found: Array, wanted: Array) -> None:
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
-
-
-def replace_left(bundle: Path, made: Path) -> None:
-    """The task left, from now on what right is."""
-    add_task(bundle, adapter(made, "right"), "left")
 
 
 def test_reload_takes_what_was_replaced_and_keeps_the_rest_loaded(

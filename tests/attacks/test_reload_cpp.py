@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import pytest
+from replaced import adapter, close_to, replace_left
 
 from exporter.bundle.edits import remove_task
 from exporter.bundle.manifest import open_bundle
@@ -14,26 +14,6 @@ from exporter.task import add_task
 from lora.files.tensorfile import Array
 from scripts.support.hand_made_bundle import inputs
 from scripts.support.served_by_cpp import RefusedError, ServedByCpp
-
-MODES = ("dedicated", "resident")
-
-
-@pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def adapter(made: Path, task: str) -> Path:
-    return made.parent / f"{made.name}-adapter-{task}"
-
-
-def replace_left(bundle: Path, made: Path) -> None:
-    """The task left, from now on what right is."""
-    add_task(bundle, adapter(made, "right"), "left")
-
-
-def close_to(found: dict[str, Array], wanted: Array) -> None:
-    np.testing.assert_allclose(found["logits"], wanted, rtol=0, atol=1e-4)
 
 
 def test_reload_takes_what_was_replaced_and_keeps_the_rest_loaded(
@@ -43,11 +23,11 @@ def test_reload_takes_what_was_replaced_and_keeps_the_rest_loaded(
     for task in ("left", "right"):
         cpp.run(task, inputs())
     replace_left(bundle, made)
-    close_to(cpp.run("left", inputs()), good["left"])  # as it was opened
+    close_to(cpp.run("left", inputs())["logits"], good["left"])  # as it was opened
     cpp.ask("reload", "-")
     assert cpp.ask("loaded") == "right"
-    close_to(cpp.run("left", inputs()), good["right"])
-    close_to(cpp.run("both", inputs()), good["both"])
+    close_to(cpp.run("left", inputs())["logits"], good["right"])
+    close_to(cpp.run("both", inputs())["logits"], good["both"])
     assert cpp.ask("digest") == open_bundle(bundle).digest
 
 
@@ -58,11 +38,11 @@ def test_what_is_in_use_ends_on_what_it_began_with(
     cpp.ask("use", "left")
     replace_left(bundle, made)
     cpp.ask("reload", "-")
-    close_to(cpp.held(inputs()), good["left"])
-    close_to(cpp.run("left", inputs()), good["right"])
-    close_to(cpp.held(inputs()), good["left"])
+    close_to(cpp.held(inputs())["logits"], good["left"])
+    close_to(cpp.run("left", inputs())["logits"], good["right"])
+    close_to(cpp.held(inputs())["logits"], good["left"])
     cpp.ask("close")
-    close_to(cpp.held(inputs()), good["left"])
+    close_to(cpp.held(inputs())["logits"], good["left"])
     cpp.ask("release")
 
 
@@ -75,7 +55,7 @@ def test_tasks_come_and_go(cpp: ServedByCpp, bundle: Path, made: Path, mode: str
     assert (cpp.ask("loaded"), cpp.ask("tasks")) == ("", "both further right")
     with pytest.raises(RefusedError, match="no task 'left' in this bundle; it holds: both, further, merged, right"):
         cpp.run("left", inputs())
-    close_to(cpp.run("further", inputs()), good["right"])
+    close_to(cpp.run("further", inputs())["logits"], good["right"])
 
 
 def test_a_task_that_was_replaced_before_it_was_loaded_asks_for_a_reload(
@@ -86,7 +66,7 @@ def test_a_task_that_was_replaced_before_it_was_loaded_asks_for_a_reload(
     with pytest.raises(RefusedError, match=r"has changed since the runtime read its manifest.*call reload\(\)"):
         cpp.run("left", inputs())
     cpp.ask("reload", "-")
-    close_to(cpp.run("left", inputs()), good["right"])
+    close_to(cpp.run("left", inputs())["logits"], good["right"])
 
 
 def test_a_reload_that_fails_leaves_the_runtime_as_it_was(
@@ -99,7 +79,7 @@ def test_a_reload_that_fails_leaves_the_runtime_as_it_was(
     with pytest.raises(RefusedError, match="not a bundle's manifest"):
         cpp.ask("reload", "-")
     assert cpp.ask("loaded") == "left"
-    close_to(cpp.run("left", inputs()), good["left"])
+    close_to(cpp.run("left", inputs())["logits"], good["left"])
 
 
 def test_evict_gives_a_task_up_now_or_when_its_use_ends(
@@ -112,10 +92,10 @@ def test_evict_gives_a_task_up_now_or_when_its_use_ends(
     assert cpp.ask("loaded") == "right"
     cpp.ask("use", "right")
     cpp.ask("evict", "right")
-    close_to(cpp.held(inputs()), good["right"])
+    close_to(cpp.held(inputs())["logits"], good["right"])
     cpp.ask("release")
     assert cpp.ask("loaded") == ""
-    close_to(cpp.run("right", inputs()), good["right"])
+    close_to(cpp.run("right", inputs())["logits"], good["right"])
     with pytest.raises(RefusedError, match="no task 'nope'"):
         cpp.ask("evict", "nope")
 

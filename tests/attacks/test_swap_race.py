@@ -5,6 +5,7 @@ scripts/checks/swap_race.py does it ten thousand times.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,12 @@ def test_no_answer_comes_from_what_was_swapped_in(
         assert found[REFUSED] == 0, found
     assert sum(found.values()) == OPENS
     assert len([times for times in found.values() if times]) > 1, found  # it did race
+
+
+def test_the_writer_ends_with_its_block_however_that_ends(made: Path, tmp_path: Path):
+    race = RACES["weights"](made, tmp_path)
+    with pytest.raises(ZeroDivisionError), writer(race):
+        _ = 1 / 0
+    found = race.target.stat().st_ino
+    time.sleep(0.1)  # fifty renames
+    assert race.target.stat().st_ino == found

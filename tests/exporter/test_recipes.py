@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import transformers
 from command import lorafuse
 from quantized_bases import four_bit, gguf_file
 from safetensors.numpy import load_file, save_file
+from zoo_bundles import Made
 
 from engines import load
 from exporter.bundle.check import check_bundle
@@ -48,22 +48,6 @@ LLAMA = Case(
 )
 
 
-@dataclass(frozen=True)
-class Made:
-    """A base, a bundle with it as the task ``unadapted``, and an adapter in PEFT's folder with what it answers."""
-
-    folder: Path
-    expected: Array
-
-    @property
-    def base(self) -> Path:
-        return self.folder / "base"
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-
 def updates(folder: Path) -> dict[str, tuple[Array, Array]]:
     """{module: its A and B} of a PEFT adapter."""
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -76,11 +60,13 @@ def updates(folder: Path) -> dict[str, tuple[Array, Array]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Beside the base and the adapter a bundle, which has the base as the task ``unadapted``."""
     folder = tmp_path_factory.mktemp("recipes")
     save_base(LLAMA, folder / "base")
     wrapped, _ = save_adapter(LLAMA, folder / "base", folder / "adapter")
     export_task(Request(folder / "base", None, "unadapted"), folder / "bundle")
-    return Made(folder, np.asarray(output(wrapped, {"input_ids": IDS})))
+    asked = {"input_ids": IDS}
+    return Made(folder, asked, np.asarray(output(wrapped, asked)))
 
 
 @pytest.fixture

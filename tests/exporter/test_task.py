@@ -25,7 +25,7 @@ from exporter.bundle.manifest import Bundle, open_bundle
 from exporter.bundle.records import MODEL, Engine, encode, task_files
 from exporter.bundle.staging import describe
 from exporter.bundle.task_part import task_part
-from exporter.proof.reference import base_values, merged_values, torch_runner
+from exporter.proof.reference import base_values, merged_values, streamed_runner, torch_runner
 from exporter.task import Request, export_task
 from lora.errors import AdapterError, BundleError, CheckpointError, ExportError, LorafuseError
 from lora.files.tensorfile import Array, TensorFile
@@ -195,7 +195,7 @@ def test_stock_onnxruntime_loads_the_model_by_path_and_equals_torch(
     """Two engines with kernels of their own: each is held to the same weights in float64."""
     part = task_part(real_bundle, task)
     inputs, values = token_ids(shape), merged_values(part)
-    exact = torch_runner(part, values, exact=True)(inputs)
+    exact = streamed_runner(part, values.__getitem__)(inputs)
     got = onnxruntime.InferenceSession(str(model_path(real_bundle, task))).run(None, inputs)[0]
     bound = engine_bound(model_path(real_bundle, task), shape[1]) * np.abs(exact).max()
     np.testing.assert_allclose(got, exact, rtol=0, atol=bound, err_msg="ONNX Runtime")
@@ -241,7 +241,7 @@ def test_the_bound_on_engines_is_below_what_errors_of_a_merge_do(real_bundle: Bu
     part = task_part(real_bundle, task)
     inputs, merged = token_ids((3, 7)), merged_values(part)
     wrong = planted(error, merged, base_values(part))
-    exact, found = (torch_runner(part, values, exact=True)(inputs) for values in (merged, wrong))
+    exact, found = (streamed_runner(part, values.__getitem__)(inputs) for values in (merged, wrong))
     assert np.abs(found - exact).max() > engines_bound(model_path(real_bundle, task), 7) * np.abs(exact).max()
 
 

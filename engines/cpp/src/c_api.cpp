@@ -56,6 +56,14 @@ int guarded(Call call) noexcept {
     }
 }
 
+// What a call gives; of a refused one, nothing.
+template <typename Call>
+auto value_of(Call call) noexcept {
+    decltype(call()) value{};
+    guarded([&] { value = call(); });
+    return value;
+}
+
 template <typename T>
 T* given(T* pointer, const char* what) {
     if (pointer == nullptr) throw lorafuse::Error(std::string(what) + " is NULL");
@@ -142,12 +150,10 @@ int lorafuse_open(const char* bundle, const lorafuse_options* options, lorafuse_
 void lorafuse_close(lorafuse_runtime* runtime) { delete runtime; }
 
 const char* lorafuse_digest(lorafuse_runtime* runtime) {
-    const char* digest = nullptr;
-    guarded([&] {
+    return value_of([&] {
         lorafuse_runtime& of = *given(runtime, "the runtime");
-        digest = of.kept.text(of.runtime.digest());
+        return of.kept.text(of.runtime.digest());
     });
-    return digest;
 }
 
 int lorafuse_reload(lorafuse_runtime* runtime, const char* digest) {
@@ -163,40 +169,32 @@ int lorafuse_evict(lorafuse_runtime* runtime, const char* task) {
 }
 
 const char* lorafuse_task(lorafuse_runtime* runtime, size_t index) {
-    const char* name = nullptr;
-    guarded([&] {
+    return value_of([&] {
         lorafuse_runtime& of = *given(runtime, "the runtime");
-        name = text_at(of, of.runtime.tasks(), index);
+        return text_at(of, of.runtime.tasks(), index);
     });
-    return name;
 }
 
 const char* lorafuse_label(lorafuse_runtime* runtime, const char* task, size_t index) {
-    const char* label = nullptr;
-    guarded([&] {
+    return value_of([&] {
         lorafuse_runtime& of = *given(runtime, "the runtime");
-        label = text_at(of, of.runtime.labels(given(task, "the task")), index);
+        return text_at(of, of.runtime.labels(given(task, "the task")), index);
     });
-    return label;
 }
 
 lorafuse_port lorafuse_input(lorafuse_runtime* runtime, const char* task, const char* part, size_t index) {
-    lorafuse_port port{nullptr, LORAFUSE_FLOAT32, nullptr, nullptr, 0};
-    guarded([&] {
+    return value_of([&] {
         lorafuse::Runtime& opened = given(runtime, "the runtime")->runtime;
         const std::vector<lorafuse::Port> ports = opened.inputs(given(task, "the task"), role_of(part));
-        if (index < ports.size()) port = port_of(*runtime, ports[index]);
+        return index < ports.size() ? port_of(*runtime, ports[index]) : lorafuse_port{};
     });
-    return port;
 }
 
 const char* lorafuse_part(lorafuse_runtime* runtime, const char* task, size_t index) {
-    const char* role = nullptr;
-    guarded([&] {
+    return value_of([&] {
         lorafuse_runtime& of = *given(runtime, "the runtime");
-        role = text_at(of, of.runtime.parts(given(task, "the task")), index);
+        return text_at(of, of.runtime.parts(given(task, "the task")), index);
     });
-    return role;
 }
 
 int lorafuse_begin(lorafuse_runtime* runtime, const char* task, int adapted, lorafuse_use** use) {

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from exporter.bundle.manifest import Bundle
 from exporter.bundle.task_part import TaskPart, task_part
-from exporter.proof.reference import base_values, merged_values, of_bundle, torch_runner
+from exporter.proof.reference import base_values, merged_values, of_bundle, streamed_runner, torch_runner
 from exporter.task import Request, export_task
 from lora.files.tensorfile import Array
 
@@ -76,7 +76,9 @@ def test_the_runner_computes_in_float32_or_for_an_oracle_in_float64(
     tiny_bundle: Bundle, token_ids, exact: bool, dtype: type
 ):
     part = task_part(tiny_bundle, "first")
-    outputs = torch_runner(part, merged_values(part), exact)(token_ids())
+    values = merged_values(part)
+    run = streamed_runner(part, values.__getitem__) if exact else torch_runner(part, values)
+    outputs = run(token_ids())
     assert (outputs.dtype, outputs.shape) == (dtype, (3, 2))
 
 

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from quantized_bases import four_bit, gguf_file
 from safetensors.numpy import load_file, save_file
 
 from lora.bases.opening import open_base
@@ -217,31 +218,8 @@ def test_an_update_of_a_tied_output_embedding_is_kept_on_a_quantized_base(kind: 
 
 def quantized(folder: Path, kind: str) -> Path:
     if kind == "nf4":
-        settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=settings)
-        model.save_pretrained(folder / "quantized")
-        return folder / "quantized"
-    import gguf
-
-    from lora.bases.gguf_llama import INNER, OUTER
-
-    writer = gguf.GGUFWriter(folder / "base.gguf", "llama")
-    writer.add_block_count(2)
-    writer.add_head_count(4)
-    names = {there: here for here, there in OUTER.items()}
-    inner = {there: here for here, there in INNER.items()}
-    for name, values in load_file(folder / "base/model.safetensors").items():
-        module = name.removesuffix(".weight")
-        if module.startswith("model.layers."):
-            _, _, layer, rest = module.split(".", 3)
-            module = f"blk.{layer}.{inner[rest]}"
-        kind_of = gguf.GGMLQuantizationType.Q8_0 if values.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f"{names.get(module, module)}.weight", gguf.quantize(values, kind_of), raw_dtype=kind_of)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder / "base.gguf"
+        return four_bit(folder / "base", folder / "quantized")
+    return gguf_file(folder / "base", folder / "base.gguf")
 
 
 def test_tensors_that_are_kept_wide_are_not_rounded_when_they_are_loaded(tmp_path: Path):
